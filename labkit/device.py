@@ -1,0 +1,94 @@
+"""Where the numbers live (device, dtype) and where the noise comes from.
+
+Noise is always drawn on the CPU, in float32, from one generator per image: x_T[b] ~ N(0, I) depends on seed b and on
+nothing else, neither on the device nor on the other images of the batch. This is also what diffusers does with a list
+of CPU generators, so a seed means the same picture here and there.
+"""
+
+from collections.abc import Sequence
+from operator import index
+
+import torch
+from torch import Tensor
+
+from labkit.errors import LabkitError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or for None the best one there is.
+
+    Raises LabkitError if the name is unknown or this machine has no such device.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise LabkitError(f"Unknown device {name!r}: use 'cpu', 'cuda', 'cuda:0', 'mps' or None for the best.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise LabkitError(f"Device {name!r} is not there (torch sees {count} CUDA devices): use device='cpu' or None.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise LabkitError(f"Device {name!r} is not there (no Apple GPU that torch can use): use device='cpu' or None.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise LabkitError(f"Device {name!r} is not one labkit runs on: use 'cpu', 'cuda', 'mps' or None for the best.")
+    return device
+
+
+def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+    """The floating-point type of the weights: `dtype`, or for None float16 on CUDA and float32 elsewhere.
+
+    Raises LabkitError if the type is unknown or the device cannot compute with it.
+    """
+    device = torch.device(device)
+    if dtype is None:
+        # half is never the default off CUDA: slow on a CPU, and a source of black images on MPS
+        return torch.float16 if device.type == "cuda" else torch.float32
+    known = DTYPES.get(str(dtype).removeprefix("torch."))
+    if known is None:
+        raise LabkitError(f"Unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}.")
+    if known is torch.float64 and device.type == "mps":
+        raise LabkitError("The device 'mps' has no float64: use dtype='float32'.")
+    return known
+
+
+class Noise:
+    """Standard normal noise, one stream per image: successive draws continue the streams.
+
+    `seeds`: one int per image; `shape`: (C, h, w) of one image. Raises LabkitError on anything else.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]):
+        self.seeds = tuple(_seed(seed) for seed in _sequence(seeds))
+        self.shape = tuple(shape)
+        if not self.seeds:
+            raise LabkitError("No seeds: noise needs one seed for each image.")
+        if len(self.shape) != 3 or not all(isinstance(n, int) and n > 0 for n in self.shape):
+            raise LabkitError(f"The noise's shape is {self.shape}: give (C, h, w), three positive integers.")
+        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+
+    def draw(self) -> Tensor:
+        """The next noise of every image, (B, C, h, w) float32 on the CPU."""
+        # image by image: what one image gets cannot depend on how many others there are
+        return torch.cat([torch.randn((1, *self.shape), generator=g) for g in self._generators])  # (B, C, h, w)
+
+
+def _sequence(seeds) -> list:
+    try:
+        return list(seeds)
+    except TypeError:
+        raise LabkitError(f"Seeds are {seeds!r}: give a list with one integer for each image.") from None
+
+
+def _seed(seed) -> int:
+    try:
+        seed = index(seed)
+    except TypeError:
+        raise LabkitError(f"The seed {seed!r} is not an integer: give one such as 0.") from None
+    if not 0 <= seed < 2**64:
+        raise LabkitError(f"The seed {seed} is out of range: give an integer from 0 to 2**64 - 1.")
+    return seed
