@@ -77,7 +77,8 @@ class Schedule:
         if self.config.timestep_spacing == "leading":
             t = [i * (T // steps) + offset for i in reversed(range(steps))]
         elif self.config.timestep_spacing == "trailing":
-            t = [round(T - i * (T / steps)) - 1 for i in range(steps)]
+            stride = T - (T - T / steps)  # T / steps, rounded as numpy.arange does: decides ties the way diffusers does
+            t = [round(T - i * stride) - 1 for i in range(steps)]
         else:
             t = [round(i * ((T - 1) / max(steps - 1, 1))) for i in reversed(range(steps))]
         if t[0] >= T:

@@ -1,0 +1,97 @@
+"""Guidance: denoiser -> denoiser. How strongly the picture is pulled towards its words.
+
+    eps = eps_u + w (eps_c - eps_u),        eps_c = model(x_t, t, c),   eps_u = model(x_t, t, uncond)
+
+Ho & Salimans 2021, "Classifier-Free Diffusion Guidance", with w as Imagen and Stable Diffusion count it: w = 0 is
+unconditional, w = 1 conditional, w > 1 guided (the paper's own w is one less). A negative prompt is an `uncond` that
+is not the empty text.
+
+The rows of the network's batch are branch-major: first every image of the first branch, then every image of the
+second. Each denoiser says in `.branches` which branches those are, so that whoever records knows whose rows he reads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from labkit.errors import LabkitError
+from labkit.samplers.step import Denoiser
+
+Model = Callable[[Tensor, int | Tensor, Tensor], Tensor]  # eps = model(x_t, t, c)
+
+
+def conditioned(model: Model, c: Tensor) -> Denoiser:
+    """The denoiser eps = model(x_t, t, c), with c (B, L, D), or (1, L, D) for all images alike; one branch, "cond".
+
+    Raises LabkitError, when called, if c does not fit the batch.
+    """
+    return _one_branch(model, c, "cond")
+
+
+def classifier_free(model: Model, c: Tensor, uncond: Tensor, w: float | Tensor) -> Denoiser:
+    """The denoiser eps_u + w (eps_c - eps_u), in one network call on the rows [uncond of B images, cond of B images].
+
+    c and uncond: (B, L, D), or (1, L, D) for all images alike; w: a number, or (B,), one an image. Where every w is 1
+    (or 0) only the conditional (unconditional) branch is computed. `.branches` is ("uncond", "cond"), ("cond",) or
+    ("uncond",). Raises LabkitError if w is not finite or the shapes do not fit.
+    """
+    w = _scales(w)
+    if bool((w == 1).all()):
+        return _one_branch(model, c, "cond")
+    if bool((w == 0).all()):
+        return _one_branch(model, uncond, "uncond")
+    if c.shape[1:] != uncond.shape[1:]:
+        raise LabkitError(
+            f"The condition is {tuple(c.shape)} and the unconditional one {tuple(uncond.shape)}: "
+            "encode both with the same text encoder and length."
+        )
+
+    def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+        B = len(x_t)
+        rows = torch.cat([_for_batch(uncond, B), _for_batch(c, B)])                      # (2B, L, D)
+        eps = model(torch.cat([x_t, x_t]), _both(t), rows)                               # (2B, C, h, w)
+        eps_u, eps_c = eps.chunk(2)                                                      # (B, C, h, w) each
+        return eps_u + _like(w, x_t) * (eps_c - eps_u)                                   # (B, C, h, w)
+
+    denoise.branches = ("uncond", "cond")
+    return denoise
+
+
+def _one_branch(model: Model, c: Tensor, name: str) -> Denoiser:
+    def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+        return model(x_t, t, _for_batch(c, len(x_t)))
+
+    denoise.branches = (name,)
+    return denoise
+
+
+def _for_batch(c: Tensor, B: int) -> Tensor:
+    if len(c) not in (1, B):
+        raise LabkitError(f"{len(c)} conditions for a batch of {B} images: give one, or one for each image.")
+    return c.expand(B, *c.shape[1:])
+
+
+def _both(t: int | Tensor) -> int | Tensor:
+    """One timestep serves both branches; one for each image is repeated for the second."""
+    return torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+
+
+def _scales(w: float | Tensor) -> Tensor:
+    try:
+        w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise LabkitError(f"Guidance is {w!r}: give a number such as 7.5, or one for each image.") from None
+    if w.ndim > 1 or w.numel() == 0:
+        raise LabkitError(f"Guidance has shape {tuple(w.shape)}: give a number, or (B,), one for each image.")
+    if not bool(torch.isfinite(w).all()):
+        raise LabkitError(f"Guidance is {w.tolist()}: it must be finite; give a number such as 7.5.")
+    return w
+
+
+def _like(w: Tensor, x_t: Tensor) -> float | Tensor:
+    if w.ndim == 0:
+        return w.item()
+    if len(w) not in (1, len(x_t)):
+        raise LabkitError(f"{len(w)} guidance scales for a batch of {len(x_t)} images: give one, or one for each image.")
+    return w.to(x_t.dtype).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))

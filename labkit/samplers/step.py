@@ -1,0 +1,47 @@
+"""What every sampler yields, and the two things every sampler checks.
+
+A sampler is a generator: stopping early, drawing progress, stepping live in a notebook and recording a trajectory are
+all a `for` loop over its `Step`s. It knows nothing of text, guidance or images; it calls `eps = denoise(x_t, t)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from labkit.errors import LabkitError
+
+Denoiser = Callable[[Tensor, int], Tensor]  # eps = denoise(x_t, t), eps of x_t's shape
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a sampler: the latent it arrived at, and the predictions it made on the way."""
+
+    i: int       # 0, 1, ..., steps - 1
+    t: int       # the timestep that the network was told
+    x: Tensor    # (B, C, h, w) the latent after the step: at the level where the next step starts
+    eps: Tensor  # (B, C, h, w) the predicted noise
+    x0: Tensor   # (B, C, h, w) the clean latent that this eps implies
+
+
+def predict(denoise: Denoiser, x: Tensor, t: int) -> Tensor:
+    """eps = denoise(x, t), checked to have x's shape: a wrong shape would broadcast and still draw something."""
+    eps = denoise(x, t)
+    if eps.shape != x.shape:
+        raise LabkitError(f"The denoiser returned {tuple(eps.shape)} for x of {tuple(x.shape)}: they must be equal.")
+    return eps
+
+
+def fresh(noise: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """The next noise, moved to x's dtype and device; LabkitError unless it has x's shape."""
+    z = noise()
+    if z.shape != x.shape:
+        raise LabkitError(f"The noise has shape {tuple(z.shape)} and x {tuple(x.shape)}: draw it with x's shape.")
+    return z.to(dtype=x.dtype, device=x.device)
+
+
+def check_noise(noise) -> None:
+    """LabkitError unless `noise` is something to call for fresh noise."""
+    if not callable(noise):
+        raise LabkitError(f"This sampler adds noise, but noise is {type(noise).__name__}: pass noise=Noise(...).draw.")
