@@ -60,9 +60,9 @@ class Tokenizer:
     @classmethod
     def from_files(cls, vocab_json: str | Path, merges_txt: str | Path, max_length: int = 77, pad: str = EOS) -> "Tokenizer":
         """Read CLIP's two files: vocab.json (token -> id) and merges.txt (one pair a line, best first)."""
-        lines = _text(merges_txt).split("\n")
+        vocab, lines = _json(vocab_json), _text(merges_txt).split("\n")
         lines = lines[1:] if lines[0].startswith("#version") else lines  # "# #" is a merge, "#version: 0.2" is not
-        return cls(_json(vocab_json), _pairs([line.split() for line in lines if line.strip()], merges_txt), max_length, pad)
+        return cls(vocab, _pairs([line.split() for line in lines if line.strip()], merges_txt), max_length, pad)
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
