@@ -1,0 +1,282 @@
+"""True sentences about a scene, from a small grammar, each word tied to the objects it speaks of.
+
+    caption   -> [style "of"] subject [place] [light]
+    subject   -> things ["and" | "," things]... | thing relation thing
+    things    -> "a" thing | count things-alike
+    thing     -> [size] [colour] [material] shape, but "shiny" and "matte" go before the colour
+
+Truth means: a count counts every object that fits the description; "a red sphere" is said of one object, chosen so
+that at least that one fits; a relation holds with a clear margin between the very objects the words are tied to.
+No caption is longer than MAX_WORDS tokens, where a comma is a token of its own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from labkit.errors import LabkitError
+from labkit.scenes.scene import COLOURS, LIGHTS, MATERIALS, SHAPES, SIZES, STYLES, TABLES, Object, Scene
+
+MAX_WORDS = 28
+DETAILS = ("terse", "medium", "full")
+KINDS = ("shape", "colour", "size", "material", "count", "relation", "table", "light", "style")
+
+# The first of each is the plain word: `describe` uses it, and `caption` as often as all the others together.
+SAY = {
+    "sphere": ("sphere", "ball"),
+    "cube": ("cube", "block", "box"),
+    "cylinder": ("cylinder", "tube"),
+    "cone": ("cone",),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big"),
+    "rubber": ("rubber", "matte"),
+    "metal": ("metal", "shiny"),
+    "plain": ("plain", "bare"),
+    "checkered": ("checkered", "chessboard"),
+    "wooden": ("wooden", "wood"),
+}
+ORDER = ("size", "shiny", "matte", "colour", "material", "shape")  # of words in English
+PLURAL = {"box": "boxes"}
+COUNT = {2: "two", 3: "three", 4: "four"}
+# Phrases are (word, kind) pairs; words that carry no meaning of their own have no kind.
+LIGHT = {
+    "day": ((("in", ""), ("daylight", "light")), (("by", ""), ("day", "light"))),
+    "sunset": ((("at", ""), ("sunset", "light")), (("at", ""), ("dusk", "light"))),
+    "night": ((("at", ""), ("night", "light")), (("by", ""), ("night", "light"))),
+}
+STYLE = {
+    "photo": ((("a", ""), ("photo", "style"), ("of", "")), (("a", ""), ("picture", "style"), ("of", ""))),
+    "sketch": (
+        (("a", ""), ("pencil", "style"), ("sketch", "style"), ("of", "")),
+        (("a", ""), ("sketch", "style"), ("of", "")),
+        (("a", ""), ("drawing", "style"), ("of", "")),
+    ),
+}
+RELATION = {
+    "left": (("left", "of"), ("to", "the", "left", "of")),
+    "right": (("right", "of"), ("to", "the", "right", "of")),
+    "front": (("in", "front", "of"),),
+    "behind": (("behind",),),
+}
+CARRIERS = ("left", "right", "front", "behind")  # the words of a relation that carry its meaning
+PROMPT_WORDS = ("no", "not", "with", "without", "an", "the", "objects", "object")
+SIDE_MARGIN, DEPTH_MARGIN = 0.5, 0.6  # how far apart objects are that a relation is said of, in table units
+
+
+@dataclass(frozen=True)
+class Word:
+    """A content word: text[start:end] of the caption, its kind (one of KINDS), and the indices of its objects.
+
+    For a relation the objects are (subject, reference): in "a cone behind a cube", the cone and then the cube.
+    """
+
+    text: str
+    start: int
+    end: int
+    kind: str
+    objects: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A true sentence and its content words in order."""
+
+    text: str
+    words: tuple[Word, ...]
+
+
+class _Line:
+    """A sentence under construction: tokens with their kind and objects."""
+
+    def __init__(self):
+        self.tokens: list[tuple[str, str, tuple[int, ...]]] = []
+
+    def say(self, text: str, kind: str = "", objects: Iterable[int] = ()) -> None:
+        if self.tokens and self.tokens[-1][0] == "a" and text[0] in "aeiou":
+            self.tokens[-1] = ("an", *self.tokens[-1][1:])
+        self.tokens.append((text, kind, tuple(objects)))
+
+    def finish(self) -> Caption:
+        text, words = "", []
+        for token, kind, objects in self.tokens:
+            text += token if token == "," or not text else f" {token}"
+            if kind:
+                words.append(Word(token, len(text) - len(token), len(text), kind, objects))
+        return Caption(text, tuple(words))
+
+
+def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None) -> Caption:
+    """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything."""
+    if detail is not None and detail not in DETAILS:
+        raise LabkitError(f"detail {detail!r} is unknown; choose one of {', '.join(DETAILS)} or None")
+    if not scene.objects:
+        raise LabkitError("a scene without objects has no caption; add an object")
+    detail = detail or ("terse", "medium", "full")[int(np.searchsorted((0.40, 0.75), rng.random()))]
+    for attempt in range(20):
+        line = _compose(scene, rng, detail if attempt < 10 else "terse")
+        if len(line.tokens) <= MAX_WORDS:
+            return line.finish()
+    raise AssertionError("a terse caption always fits")
+
+
+def describe(scene: Scene) -> Caption:
+    """The same caption every time: every object with its attributes, table and light as far as the limit allows."""
+    order = sorted(range(len(scene.objects)), key=lambda k: (scene.objects[k].x, k))
+    place, light = _place(scene.table, 0), LIGHT[scene.light][0]
+    start = STYLE[scene.style][0] if scene.style != "photo" else ()
+    for attributes in (("size", "material", "colour"), ("size", "colour"), ("colour",)):
+        line = _Line()
+        _say_all(line, start)
+        for i, k in enumerate(order):
+            if i:
+                line.say("and" if i == len(order) - 1 else ",")
+            line.say("a")
+            _say_thing(line, scene.objects[k], attributes, (k,), None)
+        _say_all(line, place + light)
+        if len(line.tokens) <= MAX_WORDS:
+            break
+    return line.finish()
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word the grammar can say, and a few more that prompts need, sorted."""
+    words = {",", "a", "and", *PROMPT_WORDS, *COLOURS, *COUNT.values(), "on"}
+    for forms in SAY.values():
+        words.update(forms)
+    for shape in SHAPES:
+        words.update(_plural(form) for form in SAY[shape])
+    for phrases in (*LIGHT.values(), *STYLE.values(), *(_places(table) for table in TABLES)):
+        words.update(word for phrase in phrases for word, _ in phrase)
+    for phrases in RELATION.values():
+        words.update(word for phrase in phrases for word in phrase)
+    return tuple(sorted(words))
+
+
+def relations(scene: Scene, first: int, second: int) -> tuple[str, ...]:
+    """Which of left, right, front, behind clearly hold of object `first` as seen from object `second`."""
+    a, b = scene.objects[first], scene.objects[second]
+    dx, dy = a.x - b.x, a.y - b.y
+    found = []
+    if abs(dx) >= SIDE_MARGIN and abs(dx) >= 0.8 * abs(dy):
+        found.append("left" if dx < 0 else "right")
+    if abs(dy) >= DEPTH_MARGIN and abs(dy) >= 0.8 * abs(dx):
+        found.append("front" if dy < 0 else "behind")
+    return tuple(found)
+
+
+def _compose(scene: Scene, rng, detail: str) -> _Line:
+    """One sentence, whatever its length."""
+    line, count = _Line(), len(scene.objects)
+    odds = {"terse": (0.10, 0.12), "medium": (0.30, 0.50), "full": (0.45, 0.90)}[detail]  # of saying style, surroundings
+    if rng.random() < (max(odds[0], 0.85) if scene.style == "sketch" else odds[0]):
+        _say_all(line, _pick(rng, STYLE[scene.style]))
+
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j and relations(scene, i, j)]
+    alike = _groups(scene, rng)
+    form = rng.random()
+    if alike and form < 0.45:
+        _say_groups(line, scene, rng, detail, *alike)
+    elif pairs and form < (0.75 if alike else 0.50):
+        first, second = pairs[int(rng.integers(len(pairs)))]
+        held = relations(scene, first, second)
+        _say_object(line, scene, first, rng, detail)
+        for word in _pick(rng, RELATION[held[int(rng.integers(len(held)))]]):
+            line.say(word, "relation" if word in CARRIERS else "", (first, second) if word in CARRIERS else ())
+        _say_object(line, scene, second, rng, detail)
+    else:
+        # A terse caption may leave objects out; the others name all there are.
+        share = int(rng.integers(1, count + 1)) if detail == "terse" else count
+        chosen = [int(k) for k in rng.permutation(count)[:share]]
+        for i, k in enumerate(chosen):
+            if i:
+                line.say("and" if i == len(chosen) - 1 else ",")
+            _say_object(line, scene, k, rng, "medium" if detail == "full" and count > 2 else detail)
+
+    if rng.random() < odds[1]:
+        _say_all(line, _places(scene.table)[_favour_first(rng, len(_places(scene.table)))])
+    if rng.random() < odds[1]:
+        _say_all(line, _pick(rng, LIGHT[scene.light]))
+    return line
+
+
+def _say_all(line: _Line, phrase: tuple) -> None:
+    for word, kind in phrase:
+        line.say(word, kind)
+
+
+def _places(table: str) -> tuple:
+    """The ways to say where: "on a wooden table", and for the checkered one also "on a chessboard"."""
+    plain = tuple(
+        (("on", ""), ("a", ""), (word, "table"), ("table", "table")) for word in SAY[table] if word != "chessboard"
+    )
+    return plain + (((("on", ""), ("a", ""), ("chessboard", "table")),) if table == "checkered" else ())
+
+
+def _place(table: str, which: int) -> tuple:
+    return _places(table)[which]
+
+
+def _favour_first(rng, count: int) -> int:
+    """An index below `count`; the first is drawn as often as all others together."""
+    return 0 if count == 1 or rng.random() < 0.5 else int(rng.integers(1, count))
+
+
+def _pick(rng, forms: tuple):
+    return forms[_favour_first(rng, len(forms))]
+
+
+def _attributes(rng, detail: str) -> tuple[str, ...]:
+    """Which attributes to name, in the order of speech."""
+    chance = {"terse": (0.08, 0.06, 0.90), "medium": (0.45, 0.35, 0.92), "full": (0.92, 0.85, 0.97)}[detail]
+    return tuple(name for name, p in zip(("size", "material", "colour"), chance) if rng.random() < p)
+
+
+def _say_object(line: _Line, scene: Scene, k: int, rng, detail: str) -> None:
+    line.say("a")
+    _say_thing(line, scene.objects[k], _attributes(rng, detail), (k,), rng)
+
+
+def _say_thing(line: _Line, obj: Object, attributes: tuple[str, ...], indices: tuple, rng, plural: bool = False) -> None:
+    """Attributes and shape; without a generator in the plain words."""
+    said = []
+    for name in (*attributes, "shape"):
+        value = getattr(obj, name)
+        forms = SAY.get(value, (value,))
+        word = forms[0] if rng is None else _pick(rng, forms)
+        said.append((_plural(word) if plural and name == "shape" else word, name))
+    said.sort(key=lambda pair: ORDER.index(pair[0] if pair[0] in ORDER else pair[1]))
+    for word, name in said:
+        line.say(word, name, indices)
+
+
+def _plural(word: str) -> str:
+    return PLURAL.get(word, word + "s")
+
+
+def _groups(scene: Scene, rng) -> tuple | None:
+    """(attribute names, indices) of objects that share shape and these attributes, two or more; None if there are none."""
+    found = []
+    for names in ((), ("colour",), ("size",), ("material",), ("size", "colour"), ("material", "colour")):
+        keys: dict[tuple, list[int]] = {}
+        for k, obj in enumerate(scene.objects):
+            keys.setdefault((obj.shape, *(getattr(obj, name) for name in names)), []).append(k)
+        # "two red spheres" is the commonest form where it is true, so it is entered twice.
+        found += [(names, tuple(group)) for group in keys.values() if len(group) > 1] * (2 if names == ("colour",) else 1)
+    return found[int(rng.integers(len(found)))] if found else None
+
+
+def _say_groups(line: _Line, scene: Scene, rng, detail: str, names: tuple[str, ...], group: tuple[int, ...]) -> None:
+    """"two red spheres", and beyond terse also the rest: "two red spheres and a blue cube"."""
+    line.say(COUNT[len(group)], "count", group)
+    _say_thing(line, scene.objects[group[0]], names, group, rng, plural=True)
+    # "two spheres and a sphere" would sound like three alike, so the rest is named only where its shape is another.
+    rest = [k for k in range(len(scene.objects)) if k not in group]
+    if rest and (detail != "terse" or rng.random() < 0.3):
+        if all(scene.objects[k].shape != scene.objects[group[0]].shape for k in rest):
+            for i, k in enumerate(rest):
+                line.say("and" if i == len(rest) - 1 else ",")
+                _say_object(line, scene, k, rng, "medium" if detail == "full" else detail)
+
+
+assert set(SAY) == {*SHAPES, *SIZES, *MATERIALS, *TABLES} and set(LIGHT) == set(LIGHTS) and set(STYLE) == set(STYLES)
