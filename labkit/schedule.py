@@ -54,10 +54,10 @@ class Schedule:
             raise LabkitError(f"num_train_timesteps is {config.num_train_timesteps!r}: give a positive integer.")
         if not _is_int(config.steps_offset) or config.steps_offset < 0:
             raise LabkitError(f"steps_offset is {config.steps_offset!r}: give 0 or a positive integer.")
+        if not (0 < config.beta_start < 1 and 0 < config.beta_end < 1):
+            raise LabkitError(f"Betas from {config.beta_start} to {config.beta_end}: they must lie between 0 and 1.")
         self.config = config
         self.beta = _betas(config)                                        # (T,)
-        if not bool(((self.beta > 0) & (self.beta < 1)).all()):
-            raise LabkitError(f"Betas from {config.beta_start} to {config.beta_end}: they must lie between 0 and 1.")
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)              # (T,)
         self.snr = self.alpha_bar / (1 - self.alpha_bar)                  # (T,)
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()       # (T,)
@@ -169,11 +169,14 @@ def _signal_and_noise(t: int | Tensor, x: Tensor, schedule: Schedule) -> tuple:
 
 def _in_range(t: int | Tensor, schedule: Schedule) -> Tensor:
     """t as an int64 tensor on the CPU, () or (B,), checked."""
-    t, T = torch.as_tensor(t).cpu(), schedule.config.num_train_timesteps
+    T = schedule.config.num_train_timesteps
+    if not isinstance(t, Tensor) and not _is_int(t):
+        raise LabkitError(f"t is {t!r}: give an integer from 0 to {T - 1}, or a LongTensor (B,).")
+    t = torch.as_tensor(t).cpu()
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.ndim > 1:
         raise LabkitError(f"t has dtype {t.dtype} and shape {tuple(t.shape)}: give an integer, or integers (B,).")
     if t.numel() and not (0 <= int(t.min()) and int(t.max()) < T):
-        raise LabkitError(f"t = {t.tolist()} is out of range: timesteps run from 0 to {T - 1}.")
+        raise LabkitError(f"t = {int(t.min())}..{int(t.max())} is out of range: timesteps run from 0 to {T - 1}.")
     return t.long()
 
 

@@ -59,8 +59,9 @@ def ddim_inverse(
     starts from eps(x_s, t): the present latent, but the timestep t of the step being undone. So do diffusers'
     DDIMInverseScheduler (0.42; equal step by step for eps networks) and null-text inversion. `told="own"` is
     eps(x_s, s), the latent's own timestep, as in the DDIM paper's ODE: a consistent pair, but of the other end of the
-    step. `refine=n` repeats the step n times with the x_t just found, a fixed-point iteration towards the exact inverse
-    (Pan et al. 2023, AIDI); it costs n more network calls a step.
+    step, and it comes back less exactly (on a mixture of Gaussians, 20 steps there and back: rms error 0.5, not 0.09).
+    `refine=n` repeats the step n times with the x_t just found, a fixed-point iteration towards the exact inverse (Pan
+    et al. 2023, AIDI) at n more network calls a step; 1 to 3 are plenty, and with few large steps more can diverge.
 
     For v networks diffusers turns v into eps with the level of s, though the network was told t; labkit's denoisers
     turn it with the level that the network was told, so there the two differ.
