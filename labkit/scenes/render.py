@@ -42,16 +42,24 @@ class Render:
 
 @dataclass(frozen=True)
 class Hits:
-    """What N rays meet first."""
+    """What N camera rays meet first."""
 
+    direction: Tensor  # (3, N), as long as to gain one unit of depth
     depth: Tensor  # (N,)
     surface: Tensor  # (N,) int32
     normal: Tensor  # (3, N)
 
+    def at(self, index: Tensor) -> "Hits":
+        return Hits(self.direction[:, index], self.depth[index], self.surface[index], self.normal[:, index])
+
+    def joined(self, other: "Hits") -> "Hits":
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("direction", "depth", "surface", "normal"))
+        return Hits(*(torch.cat(pair, dim=-1) for pair in pairs))
+
     @property
     def owner(self) -> Tensor:
         """Index of the object hit (N,), -1 for table and backdrop."""
-        return torch.div(self.surface + 2, 4, rounding_mode="floor") - 1
+        return ((self.surface + 2) >> 2) - 1
 
 
 def render(scenes: Scene | Sequence[Scene], size: int = 128, device: str | torch.device | None = None) -> Render:
@@ -102,101 +110,91 @@ def _bar(items: Iterator, total: int, progress: bool) -> Iterator:
 
 def _render_one(scene: Scene, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     world = World(scene, device)
-    pixel = 2 * HALF_VIEW / size  # width of a pixel at depth 1
-    places = torch.arange(size, dtype=torch.float32, device=device) + 0.5
-    u, v = places.repeat(size), places.repeat_interleave(size)  # (N,), N = H W
-    rays = _rays(scene, u / size, v / size)
-    hits = trace(world, rays, u / size, v / size)
+    places = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size
+    u, v = places.repeat(size), places.repeat_interleave(size)  # (P,), P = H W
+    hits = trace(world, u, v, size)
     owners = torch.arange(len(scene.objects), device=device)[:, None]
-    masks = (hits.owner == owners).float()  # (K, N)
-    linear = shade(world, rays, hits, pixel)  # (3, N)
+    masks = (hits.owner == owners).float()  # (K, P)
 
-    edge = _edges(hits.surface.reshape(size, size)).flatten().nonzero()[:, 0]  # (E,)
-    if len(edge):
-        offset = torch.tensor(ROOKS, device=device)  # (S, 2)
-        fine_u = ((u[edge] + offset[:, :1]) / size).flatten()  # (S E,)
-        fine_v = ((v[edge] + offset[:, 1:]) / size).flatten()
-        fine_rays = _rays(scene, fine_u, fine_v)
-        fine = trace(world, fine_rays, fine_u, fine_v)
-        masks[:, edge] = (fine.owner == owners).float().reshape(-1, len(ROOKS), len(edge)).mean(1)
-        if scene.style == "photo":
-            # Averaged after the tone curve, or a bright highlight would leave a jagged edge.
-            colours = tone_curve(shade(world, fine_rays, fine, pixel))
-            image = tone_curve(linear)
-            image[:, edge] = colours.reshape(3, len(ROOKS), len(edge)).mean(1)
+    is_edge = _edges(hits.surface.reshape(size, size)).flatten()
+    edge, smooth = is_edge.nonzero()[:, 0], (~is_edge).nonzero()[:, 0]
+    fine = trace(world, u[edge], v[edge], size, torch.tensor(ROOKS, device=device) / size)  # S rays for each edge pixel
+    masks[:, edge] = (fine.owner == owners).float().reshape(-1, len(ROOKS), len(edge)).mean(1)
     if scene.style == "photo":
-        image = to_srgb(image if len(edge) else tone_curve(linear)).reshape(3, size, size)
+        light = tone_curve(shade(world, hits.at(smooth).joined(fine), 2 * HALF_VIEW / size))
+        image = torch.empty_like(hits.normal)
+        image[:, smooth] = light[:, : len(smooth)]
+        # Averaged after the tone curve, or a bright highlight would leave a jagged edge.
+        image[:, edge] = light[:, len(smooth) :].reshape(3, len(ROOKS), len(edge)).mean(1)
+        image = to_srgb(image).reshape(3, size, size)
     else:
-        image = _sketch(scene, world, size, device)
+        image = _sketch(world, size, device)
     return image, masks.reshape(-1, size, size), hits.depth.reshape(size, size), hits.normal.reshape(3, size, size)
 
 
-def _sketch(scene: Scene, world: World, size: int, device: torch.device) -> Tensor:
+def _sketch(world: World, size: int, device: torch.device) -> Tensor:
     """A pencil drawing, drawn at twice the size and averaged down."""
     places = (torch.arange(2 * size, dtype=torch.float32, device=device) + 0.5) / (2 * size)
-    u, v = places.repeat(2 * size), places.repeat_interleave(2 * size)
-    rays = _rays(scene, u, v)
-    hits = trace(world, rays, u, v)
-    return F.avg_pool2d(draw(world, rays, hits, 2 * size)[None], 2)[0]
+    hits = trace(world, places.repeat(2 * size), places.repeat_interleave(2 * size), 2 * size)
+    return F.avg_pool2d(draw(world, hits, 2 * size)[None], 2)[0]
 
 
-def _rays(scene: Scene, u: Tensor, v: Tensor) -> tuple:
-    """Camera origin (three floats) and directions (three tensors (N,)) whose parameter is the depth."""
-    camera = scene.camera()
-    across, upward = (2 * u - 1) * HALF_VIEW, (1 - 2 * v) * HALF_VIEW
-    return camera.origin, tuple(
-        camera.forward[i] + across * camera.right[i] + upward * camera.up[i] for i in range(3)
-    )
+def trace(world: World, u: Tensor, v: Tensor, size: int, offsets: Tensor | None = None) -> Hits:
+    """First surface along the rays through P pixel centres (u, v), or through S places each, offsets (S, 2) from them.
 
-
-def trace(world: World, rays: tuple, u: Tensor, v: Tensor) -> Hits:
-    """First surface along each camera ray; an object is tried only by the rays (u, v) inside its screen box."""
-    origin, direction = rays
-    on_wall = (surfaces.BACK - origin[1]) / direction[1]
-    on_table = -origin[2] / direction[2].clamp_max(-1e-6)
-    is_table = on_table < on_wall
-    depth = torch.where(is_table, on_table, on_wall)
-    surface = is_table.int()
-    normal = torch.zeros(3, len(u), device=u.device)
-    normal[1], normal[2] = -(~is_table).float(), is_table.float()
+    The S P rays lie sample by sample. An object is tried only by the rays of pixels that meet its screen box.
+    """
+    camera, samples, pixels = world.scene.camera(), 1 if offsets is None else len(offsets), len(u)
+    fine_u, fine_v = (u, v) if offsets is None else ((u + offsets[:, :1]).flatten(), (v + offsets[:, 1:]).flatten())
+    across, upward = (2 * fine_u - 1) * HALF_VIEW, (1 - 2 * fine_v) * HALF_VIEW
+    direction = torch.stack([camera.forward[i] + across * camera.right[i] + upward * camera.up[i] for i in range(3)])
+    on_wall = (surfaces.BACK - camera.origin[1]) / direction[1]
+    on_table = -camera.origin[2] / direction[2].clamp_max(-1e-6)
+    surface = (on_table < on_wall).int()
+    depth = torch.minimum(on_table, on_wall)
+    normal = torch.stack([torch.zeros_like(depth), surface - 1.0, surface.float()])
+    steps = torch.arange(samples, device=u.device)[:, None] * pixels
     for k, obj in enumerate(world.scene.objects):
-        left, top, right, bottom = screen_box(world.scene.camera(), obj)
-        inside = ((u > left) & (u < right) & (v > top) & (v < bottom)).nonzero()[:, 0]
-        t, facing, part = intersect(obj, origin, tuple(axis[inside] for axis in direction))
-        hit = (t < depth[inside]).nonzero()[:, 0]
-        at = inside[hit]
-        depth[at], surface[at], normal[:, at] = t[hit], part[hit].int() + (4 * k + 2), facing[:, hit]
-    return Hits(depth, surface, normal)
+        left, top, right, bottom = screen_box(camera, obj)
+        margin = 0.5 / size
+        inside = (u > left - margin) & (u < right + margin) & (v > top - margin) & (v < bottom + margin)
+        at = (inside.nonzero()[:, 0] + steps).flatten()
+        t, facing, part = intersect(obj, camera.origin, tuple(direction[:, at]))
+        before = depth[at]
+        hit = t < before
+        depth[at] = torch.where(hit, t, before)
+        surface[at] = torch.where(hit, part + (4 * k + 2), surface[at])
+        normal[:, at] = torch.where(hit, facing, normal[:, at])
+    return Hits(direction, depth, surface, normal)
 
 
-def shade(world: World, rays: tuple, hits: Hits, pixel: float) -> Tensor:
+def shade(world: World, hits: Hits, pixel: float) -> Tensor:
     """Linear light (3, N) along the rays; `pixel` is the width of a pixel at depth 1."""
-    origin, direction = rays
-    linear = torch.empty_like(hits.normal)
-    on_table = (hits.surface == TABLE).nonzero()[:, 0]
-    dx, dy, dz = (axis[on_table] for axis in direction)
-    depth = hits.depth[on_table]
+    origin = world.scene.camera().origin
+    light = torch.empty_like(hits.normal)
+    at = (hits.surface == TABLE).nonzero()[:, 0]
+    (dx, dy, dz), depth = hits.direction[:, at], hits.depth[at]
     wide = pixel * depth
-    linear[:, on_table] = surfaces.table_radiance(world, origin[0] + depth * dx, origin[1] + depth * dy, wide, wide / -dz)
-    on_wall = (hits.surface == BACKDROP).nonzero()[:, 0]
-    dx, dz, depth = direction[0][on_wall], direction[2][on_wall], hits.depth[on_wall]
-    linear[:, on_wall] = surfaces.wall_radiance(world, origin[0] + depth * dx, origin[2] + depth * dz)
-    owner = hits.owner
-    for k in range(len(world.scene.objects)):
-        at = (owner == k).nonzero()[:, 0]
-        if len(at):
-            ray, depth = tuple(axis[at] for axis in direction), hits.depth[at]
-            point = tuple(origin[i] + depth * ray[i] for i in range(3))
-            scale = (ray[0] ** 2 + ray[1] ** 2 + ray[2] ** 2).rsqrt()
-            view = tuple(axis * scale for axis in ray)
-            linear[:, at] = surfaces.solid_radiance(world, k, point, hits.normal[:, at], view)
-    return linear
+    light[:, at] = surfaces.table_radiance(world, origin[0] + depth * dx, origin[1] + depth * dy, wide, wide / -dz)
+    at = (hits.surface == BACKDROP).nonzero()[:, 0]
+    (dx, _, dz), depth = hits.direction[:, at], hits.depth[at]
+    light[:, at] = surfaces.wall_radiance(world, origin[0] + depth * dx, origin[2] + depth * dz)
+    at = (hits.surface > TABLE).nonzero()[:, 0]
+    ray, depth = hits.direction[:, at], hits.depth[at]
+    point = tuple(origin[i] + depth * ray[i] for i in range(3))
+    light[:, at] = surfaces.solid_radiance(world, hits.owner[at], point, hits.normal[:, at], F.normalize(ray, dim=0))
+    return light
 
 
 def _edges(surface: Tensor) -> Tensor:
-    """Pixels (H, W) bool whose 3x3 neighbourhood shows more than one surface."""
-    padded = F.pad(surface.float()[None, None], (1, 1, 1, 1), mode="replicate")
-    return (F.max_pool2d(padded, 3, 1) != -F.max_pool2d(-padded, 3, 1))[0, 0]
+    """Pixels (H, W) bool that show another surface than the neighbour above, below, left or right."""
+    edges = torch.zeros_like(surface, dtype=torch.bool)
+    across, down = surface[:, 1:] != surface[:, :-1], surface[1:] != surface[:-1]
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    edges[1:] |= down
+    edges[:-1] |= down
+    return edges
 
 
 def tone_curve(linear: Tensor) -> Tensor:

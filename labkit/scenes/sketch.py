@@ -17,10 +17,10 @@ WASH = {"day": (0.80, 0.87, 0.93), "sunset": (0.96, 0.66, 0.46), "night": (0.27,
 GRAPHITE = (0.19, 0.19, 0.21)
 
 
-def draw(world: World, rays: tuple, hits, size: int) -> Tensor:
+def draw(world: World, hits, size: int) -> Tensor:
     """A drawing (3, size, size), sRGB in [0, 1], of what the rays of a size x size picture met."""
     scene, device = world.scene, hits.depth.device
-    origin, direction = rays
+    origin, direction = scene.camera().origin, hits.direction
     point = tuple(origin[i] + hits.depth * direction[i] for i in range(3))
     step = 256 / size  # strokes keep their width relative to the picture
     column = torch.arange(size, device=device, dtype=torch.float32).repeat(size) * step
@@ -75,7 +75,7 @@ def _noise(column: Tensor, row: Tensor) -> Tensor:
     return (value - value.floor()).float()
 
 
-def _table_tone(world: World, point: tuple, wide: Tensor, direction: tuple) -> tuple[Tensor, Tensor]:
+def _table_tone(world: World, point: tuple, wide: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Darkness (N,) of the shadows on the table, and where (N,) its pattern is coloured."""
     x, y = point[0], point[1]
     hidden, near = 0.0, 0.0
@@ -98,10 +98,9 @@ def _table_colour(world: World) -> Tensor:
     return _rgb(colour, world.device) * dim
 
 
-def _streaks(world: World, direction: tuple, at: Tensor, normal: Tensor) -> Tensor:
+def _streaks(world: World, direction: Tensor, at: Tensor, normal: Tensor) -> Tensor:
     """Where (N,) a metal surface mirrors the key light, widened to a streak."""
-    ray = torch.stack([axis[at] for axis in direction])
-    ray = ray / ray.norm(dim=0)
+    ray = F.normalize(direction[:, at], dim=0)
     mirror = ray - 2 * (ray * normal).sum(0) * normal
     facing = mirror[0] * world.light[0] + mirror[1] * world.light[1] + mirror[2] * world.light[2]
     return ((facing - 0.86) / 0.05).clamp(0, 1)

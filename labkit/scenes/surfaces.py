@@ -29,7 +29,9 @@ class World:
         self.key, self.sky = self._rgb(self.mood.key), self._rgb(self.mood.sky)
         self.wall_low, self.wall_high = self._rgb(self.mood.wall_low), self._rgb(self.mood.wall_high)
         self.softbox = self._rgb(self.mood.softbox)
-        self.colours = [self._rgb(COLOURS[obj.colour]) for obj in scene.objects]
+        self.palette = torch.tensor([COLOURS[obj.colour] for obj in scene.objects], device=device).T.contiguous()  # (3, K)
+        self.is_metal = torch.tensor([obj.material == "metal" for obj in scene.objects], device=device)  # (K,)
+        self.knees = torch.tensor([0.45 * obj.height for obj in scene.objects], device=device)  # (K,) below it is dim
         warm = scene.tone - 0.5
         self.plain = self._rgb((0.46 + 0.10 * warm, 0.42, 0.37 - 0.12 * warm))
         self.pale = self._rgb((0.66 + 0.06 * warm, 0.63, 0.56 - 0.08 * warm))
@@ -105,7 +107,7 @@ def wall_radiance(world: World, x: Tensor, z: Tensor) -> Tensor:
 def sky_radiance(world: World, direction: tuple) -> Tensor:
     """The studio (3, N) that metal mirrors: backdrop behind, a darker room in front, and the key light as a softbox."""
     dx, dy, dz = direction
-    height = (dz * 0.9 + 0.1).clamp(0, 1)
+    height = ((dz - 0.10) / 0.55).clamp(0, 1)  # steep, so that flat metal shows a gradient too
     behind = (0.5 + 0.9 * dy).clamp(0.0, 1.0)
     room = world.sky * 1.5
     shell = room + (world.wall_low + (world.wall_high - world.wall_low) * height - room) * behind
@@ -126,44 +128,54 @@ def ground_radiance(world: World, origin: tuple, direction: tuple, blur: float) 
     return torch.lerp(sky_radiance(world, direction), table, fade)
 
 
-def solid_radiance(world: World, k: int, point: tuple, normal: Tensor, view: tuple) -> Tensor:
-    """Light (3, N) that leaves object k towards the eye; `view` are unit directions from the eye to the points."""
-    obj, colour = world.scene.objects[k], world.colours[k]
-    x, y, z = point
-    diffuse, visible = _diffuse(world, k, point, normal)
-    facing = view[0] * normal[0] + view[1] * normal[1] + view[2] * normal[2]  # negative: seen from outside
-    mirror = tuple(view[i] - 2 * facing * normal[i] for i in range(3))
-    shine = (mirror[0] * world.light[0] + mirror[1] * world.light[1] + mirror[2] * world.light[2]).clamp(0, 1)
+def solid_radiance(world: World, owner: Tensor, point: tuple, normal: Tensor, view: Tensor) -> Tensor:
+    """Light (3, N) that leaves objects `owner` (N,) towards the eye; `view` (3, N) are unit directions away from it."""
+    colour = world.palette[:, owner]
+    diffuse, visible = _irradiance(world, owner, point, normal, shadows=True)
+    facing = (view * normal).sum(0)  # negative: seen from outside
+    mirror = view - 2 * facing * normal
+    light = world.light
+    shine = (mirror[0] * light[0] + mirror[1] * light[1] + mirror[2] * light[2]).clamp(0, 1)
     rim = (1 + facing).clamp(0, 1) ** 3
-    if obj.material == "rubber":
-        gloss = 0.09 * shine**9
-        return colour * diffuse + world.key * (gloss * visible) + world.sky * (0.10 * rim)
+    gloss = 0.09 * shine**9
+    radiance = colour * diffuse + world.key * (gloss * visible) + world.sky * (0.10 * rim)  # rubber
+    at = world.is_metal[owner].nonzero()[:, 0]
+    if len(at):
+        seen = _mirrored(world, owner[at], tuple(axis[at] for axis in point), mirror[:, at])
+        colour, rim = colour[:, at], rim[at]
+        tint = colour + (1 - colour) * (0.06 + 0.55 * rim)  # Schlick 1994
+        spark = world.softbox * (2.2 * shine[at] ** 90 * visible[at]) * (0.4 + 0.6 * tint)
+        radiance[:, at] = colour * (0.30 * diffuse[:, at]) + tint * (0.80 * seen) + spark
+    return radiance
+
+
+def _mirrored(world: World, owner: Tensor, point: tuple, mirror: Tensor) -> Tensor:
+    """What (3, N) rays that leave objects `owner` meet: other objects, in plain diffuse light, or the surroundings."""
     seen = ground_radiance(world, point, mirror, 0.05)
-    nearest = torch.full_like(x, FAR)
+    nearest = torch.full_like(mirror[0], FAR)
     for j, other in enumerate(world.scene.objects):
-        if j != k:
-            t, other_normal, _ = intersect(other, point, mirror)
-            hit = (t < nearest).nonzero()[:, 0]
-            if len(hit):
-                nearest[hit] = t[hit]
-                spot = tuple(p[hit] + t[hit] * m[hit] for p, m in zip(point, mirror))
-                seen[:, hit] = world.colours[j] * _diffuse(world, j, spot, other_normal[:, hit])[0]
-    tint = colour + (1 - colour) * (0.08 + 0.55 * rim)  # Schlick
-    spark = 2.2 * shine**90
-    return colour * (0.38 * diffuse) + tint * (0.72 * seen) + world.softbox * (spark * visible) * (0.4 + 0.6 * tint)
+        t, normal, _ = intersect(other, point, tuple(mirror))
+        hit = ((t < nearest) & (owner != j)).nonzero()[:, 0]
+        if len(hit):
+            nearest[hit] = t[hit]
+            spot = tuple(p[hit] + t[hit] * m[hit] for p, m in zip(point, mirror))
+            light, _ = _irradiance(world, torch.full_like(hit, j), spot, normal[:, hit], shadows=False)
+            seen[:, hit] = world.palette[:, j : j + 1] * light
+    return seen
 
 
-def _diffuse(world: World, k: int, point: tuple, normal: Tensor) -> tuple[Tensor, Tensor]:
-    """Irradiance (3, N) on object k and the visible share (N,) of the key light."""
+def _irradiance(world: World, owner: Tensor, point: tuple, normal: Tensor, shadows: bool) -> tuple[Tensor, Tensor]:
+    """Light (3, N) that falls on objects `owner` and the share (N,) of the key light that others leave."""
     x, y, z = point
     light = world.light
     lambert = (normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2] + 0.06).clamp_min(0) / 1.06
     visible, open_ = torch.ones_like(x), torch.ones_like(x)
-    for j, other in enumerate(world.scene.objects):
-        if j != k:
-            visible = visible * (1 - lighting.occlusion(other, light, world.mood.spread, x, y, z))
-            open_ = open_ * (1 - lighting.blocked(other, x, y, z, normal))
+    if shadows and len(world.scene.objects) > 1:
+        for j, other in enumerate(world.scene.objects):
+            is_other = owner != j
+            visible = visible * (1 - is_other * lighting.occlusion(other, light, world.mood.spread, x, y, z))
+            open_ = open_ * (1 - is_other * lighting.blocked(other, x, y, z, normal))
     upward = 0.5 + 0.5 * normal[2]
-    foot = 0.45 + 0.55 * (z / (0.45 * world.scene.objects[k].height)).clamp(0, 1)  # little light gets under an object
+    foot = 0.45 + 0.55 * (z / world.knees[owner]).clamp(0, 1)  # little light gets under an object
     ambient = world.sky * (upward * open_ * (0.55 + 0.45 * foot)) + world.bounce * ((1 - upward) * foot * open_)
     return world.key * (lambert * visible * lighting.pool(world.mood, x, y)) + ambient, visible
