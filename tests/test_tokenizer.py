@@ -250,8 +250,8 @@ def test_damaged_files_are_named(learnt, tmp_path):
     with pytest.raises(LabkitError, match="'zqqz'"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(CheckpointError, match="merges.txt: cannot be read"):
+    with pytest.raises(CheckpointError, match="merges.txt: there is no such file"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "vocab.json").write_text("<html>")
-    with pytest.raises(CheckpointError, match="vocab.json: not JSON"):
+    with pytest.raises(CheckpointError, match="vocab.json.*web page"):
         Tokenizer.from_folder(tmp_path)

@@ -21,6 +21,7 @@ import torch
 from torch import LongTensor
 
 from labkit.errors import CheckpointError, LabkitError
+from labkit.models.files import read_json, read_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END = "</w>"
@@ -60,25 +61,26 @@ class Tokenizer:
     @classmethod
     def from_files(cls, vocab_json: str | Path, merges_txt: str | Path, max_length: int = 77, pad: str = EOS) -> "Tokenizer":
         """Read CLIP's two files: vocab.json (token -> id) and merges.txt (one pair a line, best first)."""
-        vocab, lines = _json(vocab_json), _text(merges_txt).split("\n")
+        vocab, lines = read_json(vocab_json), read_text(merges_txt).split("\n")
         lines = lines[1:] if lines[0].startswith("#version") else lines  # "# #" is a merge, "#version: 0.2" is not
         return cls(vocab, _pairs([line.split() for line in lines if line.strip()], merges_txt), max_length, pad)
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
-        """Read a `tokenizer/` folder; tokenizer_config.json, where there is one, says the length and the padding token."""
+        """Read a `tokenizer/` folder; its tokenizer_config.json, where there is one, says the padding token and may say a shorter length."""
         folder = Path(folder)
-        config = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         # Files older than `added_tokens_decoder` keep their special tokens in a file of their own, and that one wins (SD 2.x: pad "!").
         if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").exists():
-            config = {**config, **_json(folder / "special_tokens_map.json")}
+            config = {**config, **read_json(folder / "special_tokens_map.json")}
         pad = config.get("pad_token") or EOS
         pad = pad["content"] if isinstance(pad, dict) else pad
-        max_length = min(int(config.get("model_max_length", max_length)), 10**6)
+        said = config.get("model_max_length")
+        max_length = min(int(said), max_length) if isinstance(said, (int, float)) else max_length
         if (folder / "vocab.json").exists():
             return cls.from_files(folder / "vocab.json", folder / "merges.txt", max_length, pad)
         if (folder / "tokenizer.json").exists():  # what transformers 5 saves: everything in one file
-            whole = _json(folder / "tokenizer.json")
+            whole = read_json(folder / "tokenizer.json")
             model = whole.get("model") or {}
             if model.get("type") != "BPE" or model.get("end_of_word_suffix") != END:
                 raise CheckpointError(f"{folder / 'tokenizer.json'}: not a CLIP tokenizer (byte-pair encoding with '</w>' is expected).")
@@ -240,21 +242,3 @@ def _pairs(rows, path) -> list[tuple[str, str]]:
     if wrong is not None:
         raise CheckpointError(f"{path}: a merge is two symbols, but one reads {' '.join(wrong)!r}; the file is damaged, fetch it again.")
     return [tuple(row) for row in rows]
-
-
-def _text(path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise CheckpointError(f"{path}: cannot be read ({reason}).") from None
-
-
-def _json(path) -> dict:
-    try:
-        found = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON ({error.msg} in line {error.lineno}); the file is damaged, fetch it again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, this is a {type(found).__name__}.")
-    return found
