@@ -46,7 +46,8 @@ def pool(mood: Mood, x: Tensor, y: Tensor) -> Tensor | float:
     """Brightness of the key light over the table: 1 but for a lamp, whose light falls off from the middle."""
     if mood.pool == 0:
         return 1.0
-    return 1.30 / (1 + 0.22 * (x * x + (y * 0.9) ** 2)) ** 1.5
+    fall = 1 + 0.22 * (x * x + 0.8 * y * y)
+    return 1.30 / (fall * fall.sqrt())
 
 
 def occlusion(obj, light: tuple, spread: float, x: Tensor, y: Tensor, z: Tensor | float) -> Tensor:

@@ -50,7 +50,8 @@ class Hits:
     normal: Tensor  # (3, N)
 
     def at(self, index: Tensor) -> "Hits":
-        return Hits(self.direction[:, index], self.depth[index], self.surface[index], self.normal[:, index])
+        names = ("direction", "depth", "surface", "normal")
+        return Hits(*(getattr(self, name).index_select(-1, index) for name in names))
 
     def joined(self, other: "Hits") -> "Hits":
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("direction", "depth", "surface", "normal"))
@@ -119,13 +120,13 @@ def _render_one(scene: Scene, size: int, device: torch.device) -> tuple[Tensor, 
     is_edge = _edges(hits.surface.reshape(size, size)).flatten()
     edge, smooth = is_edge.nonzero()[:, 0], (~is_edge).nonzero()[:, 0]
     fine = trace(world, u[edge], v[edge], size, torch.tensor(ROOKS, device=device) / size)  # S rays for each edge pixel
-    masks[:, edge] = (fine.owner == owners).float().reshape(-1, len(ROOKS), len(edge)).mean(1)
+    masks.index_copy_(1, edge, (fine.owner == owners).float().reshape(-1, len(ROOKS), len(edge)).mean(1))
     if scene.style == "photo":
         light = tone_curve(shade(world, hits.at(smooth).joined(fine), 2 * HALF_VIEW / size))
         image = torch.empty_like(hits.normal)
-        image[:, smooth] = light[:, : len(smooth)]
+        image.index_copy_(1, smooth, light[:, : len(smooth)])
         # Averaged after the tone curve, or a bright highlight would leave a jagged edge.
-        image[:, edge] = light[:, len(smooth) :].reshape(3, len(ROOKS), len(edge)).mean(1)
+        image.index_copy_(1, edge, light[:, len(smooth) :].reshape(3, len(ROOKS), len(edge)).mean(1))
         image = to_srgb(image).reshape(3, size, size)
     else:
         image = _sketch(world, size, device)
@@ -159,12 +160,12 @@ def trace(world: World, u: Tensor, v: Tensor, size: int, offsets: Tensor | None 
         margin = 0.5 / size
         inside = (u > left - margin) & (u < right + margin) & (v > top - margin) & (v < bottom + margin)
         at = (inside.nonzero()[:, 0] + steps).flatten()
-        t, facing, part = intersect(obj, camera.origin, tuple(direction[:, at]))
-        before = depth[at]
-        hit = t < before
-        depth[at] = torch.where(hit, t, before)
-        surface[at] = torch.where(hit, part + (4 * k + 2), surface[at])
-        normal[:, at] = torch.where(hit, facing, normal[:, at])
+        t, facing, part = intersect(obj, camera.origin, tuple(direction.index_select(1, at)))
+        hit = (t < depth.index_select(0, at)).nonzero()[:, 0]
+        at = at.index_select(0, hit)
+        depth.index_copy_(0, at, t.index_select(0, hit))
+        surface.index_copy_(0, at, part.index_select(0, hit) + (4 * k + 2))
+        normal.index_copy_(1, at, facing.index_select(1, hit))
     return Hits(direction, depth, surface, normal)
 
 
@@ -173,17 +174,23 @@ def shade(world: World, hits: Hits, pixel: float) -> Tensor:
     origin = world.scene.camera().origin
     light = torch.empty_like(hits.normal)
     at = (hits.surface == TABLE).nonzero()[:, 0]
-    (dx, dy, dz), depth = hits.direction[:, at], hits.depth[at]
-    wide = pixel * depth
-    light[:, at] = surfaces.table_radiance(world, origin[0] + depth * dx, origin[1] + depth * dy, wide, wide / -dz)
+    seen = hits.at(at)
+    x, y, _ = _points(origin, seen)
+    wide = pixel * seen.depth
+    light.index_copy_(1, at, surfaces.table_radiance(world, x, y, wide, wide / -seen.direction[2]))
     at = (hits.surface == BACKDROP).nonzero()[:, 0]
-    (dx, _, dz), depth = hits.direction[:, at], hits.depth[at]
-    light[:, at] = surfaces.wall_radiance(world, origin[0] + depth * dx, origin[2] + depth * dz)
+    x, _, z = _points(origin, hits.at(at))
+    light.index_copy_(1, at, surfaces.wall_radiance(world, x, z))
     at = (hits.surface > TABLE).nonzero()[:, 0]
-    ray, depth = hits.direction[:, at], hits.depth[at]
-    point = tuple(origin[i] + depth * ray[i] for i in range(3))
-    light[:, at] = surfaces.solid_radiance(world, hits.owner[at], point, hits.normal[:, at], F.normalize(ray, dim=0))
+    seen = hits.at(at)
+    view = seen.direction * (seen.direction**2).sum(0).rsqrt()
+    light.index_copy_(1, at, surfaces.solid_radiance(world, seen.owner, _points(origin, seen), seen.normal, view))
     return light
+
+
+def _points(origin: tuple, hits: Hits) -> tuple:
+    """Where the rays end: x, y, z, each (N,)."""
+    return tuple(origin[i] + hits.depth * hits.direction[i] for i in range(3))
 
 
 def _edges(surface: Tensor) -> Tensor:

@@ -130,23 +130,31 @@ def ground_radiance(world: World, origin: tuple, direction: tuple, blur: float) 
 
 def solid_radiance(world: World, owner: Tensor, point: tuple, normal: Tensor, view: Tensor) -> Tensor:
     """Light (3, N) that leaves objects `owner` (N,) towards the eye; `view` (3, N) are unit directions away from it."""
-    colour = world.palette[:, owner]
+    colour = world.palette.index_select(1, owner)
     diffuse, visible = _irradiance(world, owner, point, normal, shadows=True)
-    facing = (view * normal).sum(0)  # negative: seen from outside
+    facing = view[0] * normal[0] + view[1] * normal[1] + view[2] * normal[2]  # negative: seen from outside
     mirror = view - 2 * facing * normal
     light = world.light
     shine = (mirror[0] * light[0] + mirror[1] * light[1] + mirror[2] * light[2]).clamp(0, 1)
-    rim = (1 + facing).clamp(0, 1) ** 3
-    gloss = 0.09 * shine**9
+    rim = (1 + facing).clamp(0, 1)
+    rim = rim * rim * rim
+    gloss = 0.09 * _power(shine, 3)
     radiance = colour * diffuse + world.key * (gloss * visible) + world.sky * (0.10 * rim)  # rubber
-    at = world.is_metal[owner].nonzero()[:, 0]
+    at = world.is_metal.index_select(0, owner).nonzero()[:, 0]
     if len(at):
-        seen = _mirrored(world, owner[at], tuple(axis[at] for axis in point), mirror[:, at])
-        colour, rim = colour[:, at], rim[at]
+        seen = _mirrored(world, owner[at], tuple(axis[at] for axis in point), mirror.index_select(1, at))
+        colour, rim = colour.index_select(1, at), rim[at]
         tint = colour + (1 - colour) * (0.06 + 0.55 * rim)  # Schlick 1994
-        spark = world.softbox * (2.2 * shine[at] ** 90 * visible[at]) * (0.4 + 0.6 * tint)
-        radiance[:, at] = colour * (0.30 * diffuse[:, at]) + tint * (0.80 * seen) + spark
+        spark = world.softbox * (2.2 * _power(shine[at], 7) * visible[at]) * (0.4 + 0.6 * tint)
+        radiance.index_copy_(1, at, colour * (0.30 * diffuse.index_select(1, at)) + tint * (0.80 * seen) + spark)
     return radiance
+
+
+def _power(x: Tensor, doublings: int) -> Tensor:
+    """x to the power 2^doublings; far faster than pow."""
+    for _ in range(doublings):
+        x = x * x
+    return x
 
 
 def _mirrored(world: World, owner: Tensor, point: tuple, mirror: Tensor) -> Tensor:
@@ -176,6 +184,6 @@ def _irradiance(world: World, owner: Tensor, point: tuple, normal: Tensor, shado
             visible = visible * (1 - is_other * lighting.occlusion(other, light, world.mood.spread, x, y, z))
             open_ = open_ * (1 - is_other * lighting.blocked(other, x, y, z, normal))
     upward = 0.5 + 0.5 * normal[2]
-    foot = 0.45 + 0.55 * (z / world.knees[owner]).clamp(0, 1)  # little light gets under an object
+    foot = 0.45 + 0.55 * (z / world.knees.index_select(0, owner)).clamp(0, 1)  # little light gets under an object
     ambient = world.sky * (upward * open_ * (0.55 + 0.45 * foot)) + world.bounce * ((1 - upward) * foot * open_)
     return world.key * (lambert * visible * lighting.pool(world.mood, x, y)) + ambient, visible
