@@ -134,25 +134,23 @@ def text_to_transformers(config: CLIPTextConfig, bos: int, eos: int, pad: int) -
 
 
 def schedule_config(raw: dict) -> ScheduleConfig:
-    """scheduler_config.json -> ScheduleConfig; a field that is absent has the default of the scheduler's class.
+    """scheduler_config.json of any scheduler -> ScheduleConfig, as DDIMScheduler.from_config would read it (its defaults included).
 
-    Which sampler the file names does not matter here, only the noise schedule. `clip_sample` is not looked at: diffusers'
-    pipelines switch it off, latents are not confined to [-1, 1].
+    Which sampler the file names does not matter, only the noise schedule. `clip_sample` is not looked at: diffusers' pipelines
+    switch it off, for latents are not confined to [-1, 1].
     """
-    kind = raw.get("_class_name", "DDIMScheduler")
     for field in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
         if raw.get(field):
             raise CheckpointError(f"{field} is {str(raw[field])[:40]}; labkit's schedules do not have that.")
-    early = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
     config = ScheduleConfig(
         num_train_timesteps=_int(raw, "num_train_timesteps", 1000),
         beta_start=float(raw.get("beta_start", 0.0001)),
         beta_end=float(raw.get("beta_end", 0.02)),
         beta_schedule=raw.get("beta_schedule", "linear"),
         prediction_type=raw.get("prediction_type", "epsilon"),
-        timestep_spacing=raw.get("timestep_spacing", "leading" if kind in early else "linspace"),
+        timestep_spacing=raw.get("timestep_spacing", "leading"),
         steps_offset=_int(raw, "steps_offset", 0, low=0),
-        set_alpha_to_one=bool(raw.get("set_alpha_to_one", kind != "PNDMScheduler")),
+        set_alpha_to_one=bool(raw.get("set_alpha_to_one", True)),
     )
     for field, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS)):
         if getattr(config, field) not in known:
