@@ -1,0 +1,212 @@
+"""Captions are read back by a parser of their own and held against the scene: counts, attributes, relations."""
+
+import itertools
+import re
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+
+from labkit.errors import LabkitError
+from labkit.scenes.captions import KINDS, MAX_WORDS, caption, describe, relations, vocabulary
+from labkit.scenes.scene import LIGHTS, TABLES, Object, Scene, scene_from_seed
+
+SEEDS = range(2400)
+
+# The reader's own dictionary, kept apart from the grammar's.
+NOUNS = {"sphere": "sphere", "ball": "sphere", "cube": "cube", "block": "cube", "box": "cube", "cylinder": "cylinder",
+         "tube": "cylinder", "cone": "cone"}  # fmt: skip
+PLURALS = {("boxes" if noun == "box" else noun + "s"): shape for noun, shape in NOUNS.items()}
+ADJECTIVES = {"small": ("size", "small"), "little": ("size", "small"), "tiny": ("size", "small"), "large": ("size", "large"),
+              "big": ("size", "large"), "rubber": ("material", "rubber"), "matte": ("material", "rubber"),
+              "metal": ("material", "metal"), "shiny": ("material", "metal")}  # fmt: skip
+ADJECTIVES |= {c: ("colour", c) for c in ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")}
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+STYLE = r"^a (?P<style>photo|picture|pencil sketch|sketch|drawing) of "
+LIGHT = r" (?P<light>in daylight|by day|at sunset|at dusk|at night|by night)$"
+TABLE = r" on a (?P<table>(plain|bare|checkered|wooden|wood) table|chessboard)$"
+RELATION = r" (to the left of|left of|to the right of|right of|in front of|behind) "
+MEANS = {"photo": "photo", "picture": "photo", "pencil sketch": "sketch", "sketch": "sketch", "drawing": "sketch",
+         "in daylight": "day", "by day": "day", "at sunset": "sunset", "at dusk": "sunset", "at night": "night",
+         "by night": "night", "plain table": "plain", "bare table": "plain", "checkered table": "checkered",
+         "chessboard": "checkered", "wooden table": "wooden", "wood table": "wooden"}  # fmt: skip
+
+
+def read_things(phrase: str) -> tuple[int | None, dict]:
+    """"two red spheres" -> (2, {...}); "a red sphere" -> (None, {...})."""
+    article, *adjectives, noun = phrase.split()
+    wanted = dict(ADJECTIVES[word] for word in adjectives)
+    assert len(wanted) == len(adjectives), f"an attribute is named twice: {phrase}"
+    if article in NUMBERS:
+        return NUMBERS[article], wanted | {"shape": PLURALS[noun]}
+    assert article == ("an" if phrase.split()[1][0] in "aeiou" else "a"), phrase
+    return None, wanted | {"shape": NOUNS[noun]}
+
+
+def fitting(scene: Scene, wanted: dict) -> list[int]:
+    return [k for k, obj in enumerate(scene.objects) if all(getattr(obj, name) == value for name, value in wanted.items())]
+
+
+def stands(scene: Scene, words: str, i: int, j: int) -> bool:
+    """Whether object i stands so with respect to j: apart on the table, and in that order before the camera too."""
+    a, b = scene.objects[i], scene.objects[j]
+    u, _, depth = scene.camera().project(np.array([[a.x, a.y, 0.0], [b.x, b.y, 0.0]]))
+    if "left" in words:
+        return a.x < b.x - 0.4 and u[0] < u[1] - 0.04
+    if "right" in words:
+        return a.x > b.x + 0.4 and u[0] > u[1] + 0.04
+    if "front" in words:
+        return a.y < b.y - 0.5 and depth[0] < depth[1] - 0.3
+    return a.y > b.y + 0.5 and depth[0] > depth[1] + 0.3
+
+
+def is_true(text: str, scene: Scene) -> bool:
+    """Read the sentence and say whether it holds of the scene."""
+    for kind, pattern in (("style", STYLE), ("light", LIGHT), ("table", TABLE)):
+        found = re.search(pattern, text)
+        if found:
+            if MEANS[found[kind]] != getattr(scene, kind):
+                return False
+            text = text[: found.start()] + text[found.end() :]
+    parts = re.split(RELATION, text)
+    if len(parts) == 3:
+        (_, first), (_, second) = read_things(parts[0]), read_things(parts[2])
+        pairs = itertools.product(fitting(scene, first), fitting(scene, second))
+        return any(i != j and stands(scene, parts[1], i, j) for i, j in pairs)
+    assert len(parts) == 1, f"two relations in one sentence: {text}"
+    things = [read_things(part) for part in re.split(r" and |, ", text)]
+    single = []
+    for number, wanted in things:
+        fits = fitting(scene, wanted)
+        if number is None:
+            single.append(fits)
+        elif len(fits) != number:
+            return False
+    # "a red sphere and a red sphere" needs two of them: every phrase must find an object of its own.
+    return any(len(set(choice)) == len(choice) for choice in itertools.product(*single))
+
+
+@cache
+def scenes() -> list[Scene]:
+    return [scene_from_seed(seed, held_out="any", styles=("photo", "sketch")) for seed in SEEDS]
+
+
+def drawn(detail: str | None = None):
+    rng = np.random.default_rng(11)
+    return ((scene, caption(scene, rng, detail)) for scene in scenes())
+
+
+def test_captions_are_true():
+    for scene, said in drawn():
+        assert is_true(said.text, scene), (said.text, scene)
+        assert is_true(describe(scene).text, scene), (describe(scene).text, scene)
+
+
+def lies(text: str, scene: Scene):
+    """(kind, false sentence) for each way to twist a true one."""
+    if re.search(RELATION, text) and not ambiguous(text):
+        swap = {"left": "right", "right": "left", "behind": "in front of", "in front of": "behind"}
+        yield "relation", re.sub(r"left|right|behind|in front of", lambda match: swap[match[0]], text)
+    for number, other in (("two", "three"), ("three", "two")):
+        if text.startswith(number):
+            yield "count", text.replace(number, other)
+    if all(obj.colour != "white" for obj in scene.objects):
+        yield "colour", re.sub("red|green|blue|yellow|purple|cyan|orange", "white", text)
+    if all(obj.shape != "cone" for obj in scene.objects):
+        yield "shape", re.sub(r"\b(sphere|ball|cube|block|box|cylinder|tube)\b", "cone", text)
+    if all(obj.size == "small" for obj in scene.objects):
+        yield "size", re.sub("small|little|tiny", "big", text)
+    if all(obj.material == "metal" for obj in scene.objects):
+        yield "material", re.sub("metal|shiny", "matte", text)
+    yield "table", re.sub(r"\b(wooden|wood|bare|plain|checkered) table", "chessboard" if scene.table != "checkered" else "wood table", text)
+    yield "light", re.sub("by night|at night|at sunset|at dusk", "by day", text)
+    yield "style", re.sub(STYLE, "a sketch of " if scene.style == "photo" else "a photo of ", text)
+
+
+def test_reader_rejects_false_captions():
+    """The reader must be able to say no, or the test above proves nothing."""
+    rejected = Counter()
+    for scene, said in drawn():
+        for kind, lie in lies(said.text, scene):
+            lie = re.sub(r"\ban? (?=[aeiou])", "an ", re.sub(r"\ban? (?=[^aeiou ])", "a ", lie))
+            if lie != said.text:
+                assert not is_true(lie, scene), (kind, lie, scene)
+                rejected[kind] += 1
+    assert len(rejected) == 9 and min(rejected.values()) >= 20, rejected
+
+
+def ambiguous(text: str) -> bool:
+    """Whether both sides of the relation could be said of the same objects ("a cone left of a cone")."""
+    parts = re.split(RELATION, re.sub(TABLE, "", re.sub(LIGHT, "", re.sub(STYLE, "", text))))
+    first, second = read_things(parts[0])[1], read_things(parts[2])[1]
+    return all(first[name] == second[name] for name in first.keys() & second.keys())
+
+
+def test_words_are_aligned():
+    for scene, said in drawn():
+        last = 0
+        for word in said.words:
+            assert said.text[word.start : word.end] == word.text and word.start >= last and word.kind in KINDS
+            last = word.end
+            objects = [scene.objects[k] for k in word.objects]
+            if word.kind == "shape":
+                assert {obj.shape for obj in objects} == {(NOUNS | PLURALS)[word.text]}
+                assert len(objects) > 1 if word.text in PLURALS else len(objects) == 1
+            elif word.kind in ("colour", "size", "material"):
+                assert {getattr(obj, word.kind) for obj in objects} == {ADJECTIVES[word.text][1]}
+            elif word.kind == "count":
+                assert len(set(objects)) == NUMBERS[word.text]
+            elif word.kind == "relation":
+                assert len(objects) == 2 and stands(scene, word.text, *word.objects)
+            else:
+                assert not objects
+        content = [word.text for word in said.words]
+        filler = {"a", "an", "and", "of", "to", "the", "in", "on", "at", "by"}
+        assert [w for w in re.findall(r"[a-z]+", said.text) if w not in filler] == content
+
+
+def test_length_and_vocabulary():
+    words, known = set(), set(vocabulary())
+    for scene, said in drawn():
+        for text in (said.text, describe(scene).text):
+            tokens = re.findall(r"[a-z]+|,", text)
+            assert " ".join(tokens).replace(" ,", ",") == text, "lower case, single spaces, commas only"
+            assert len(tokens) <= MAX_WORDS
+            words |= set(tokens)
+    assert words <= known
+    assert list(vocabulary()) == sorted(known) and {"no", "not", "with", "without"} <= known
+    assert known - words <= {"no", "not", "with", "without", "object", "objects"}, "words that are never said"
+
+
+def test_detail_and_commonest_form():
+    lengths = {detail: np.mean([len(said.text.split()) for _, said in drawn(detail)]) for detail in ("terse", "medium", "full")}
+    assert lengths["terse"] < lengths["medium"] - 2 < lengths["full"] - 4
+    rng = np.random.default_rng(0)
+    said = [caption(scene_from_seed(seed, counts=(1,)), rng).text for seed in range(400)]
+    assert sum(bool(re.fullmatch(r"an? [a-z]+ [a-z]+", text)) for text in said) > 100, "'a red sphere' must be common"
+
+
+def test_same_seed_same_caption():
+    scene = scene_from_seed(3, counts=(3,))
+    assert caption(scene, np.random.default_rng(5)) == caption(scene, np.random.default_rng(5))
+    assert describe(scene) == describe(scene)
+
+
+def test_relations_need_a_margin():
+    cone, cube = Object("cone", "red", "small", "rubber", 0.0, 0.0), Object("cube", "blue", "small", "rubber", 0.3, 0.9)
+    assert relations(Scene((cone, cube)), 0, 1) == ("front",) and relations(Scene((cone, cube)), 1, 0) == ("behind",)
+
+
+def test_bad_input_is_explained():
+    scene = scene_from_seed(0)
+    with pytest.raises(LabkitError, match="terse, medium, full"):
+        caption(scene, np.random.default_rng(0), "long")
+    with pytest.raises(LabkitError, match="add an object"):
+        caption(Scene(()), np.random.default_rng(0))
+
+
+def test_every_table_and_light_is_named():
+    said = " ".join(text.text for _, text in drawn("full"))
+    assert len(LIGHTS) == len(TABLES) == 3
+    assert all(f" {words}" in said for words in MEANS if words not in ("photo", "picture", "pencil sketch", "sketch", "drawing"))
