@@ -1,0 +1,326 @@
+"""Set the lab up and open it: the one file to run, with any Python from 3.11 on and nothing else installed.
+
+    python start.py                 set up what is missing, then open JupyterLab on the first notebook
+    python start.py test [args]     the same set-up, then all tests and notebooks (args go to pytest)
+    python start.py --headless      the same set-up, then run the first notebook into out/, no browser
+
+Everything lives in .venv beside this file; delete that folder to start afresh. A stamp in it holds a hash of what
+was asked for (constraints.txt, pyproject.toml, this Python, this folder), so a second run installs nothing and
+needs no network.
+
+    LABKIT_TORCH_INDEX   a further package index to take torch from, say one with builds for your GPU or for CPUs only
+    LABKIT_EXTRAS        further extras of pyproject.toml to install, such as "browser" (for the browser test)
+"""
+# Kept to the syntax of old Pythons down to the version check, so that they get a sentence and not a SyntaxError.
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.realpath(__file__))
+VENV = os.path.join(ROOT, ".venv")
+STAMP = os.path.join(VENV, "labkit-stamp.json")
+UNFINISHED = os.path.join(VENV, "labkit-unfinished")
+NOTEBOOK = "00_an_image_in_five_lines"
+OLDEST, NEWEST = (3, 11), (3, 14)
+EXTRAS = {"notebooks", "test"}
+GIGABYTES = 4  # what a first set-up takes at most with a CPU build of torch, the downloads included
+WINDOWS = os.name == "nt"
+
+
+class Stop(Exception):
+    """One line for the user: what is wrong and what to do."""
+
+
+def say(text):
+    print("labkit: " + text, flush=True)
+
+
+def check_python():
+    """Refuse a Python or a machine for which there is no torch to install."""
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        raise Stop("this is Python %d.%d, the lab needs 3.%d to 3.%d: install one and run start.py with it."
+                   % (sys.version_info[0], sys.version_info[1], OLDEST[1], NEWEST[1]))
+    if sys.maxsize < 2**32:
+        raise Stop("this is a 32-bit Python and PyTorch has no builds for it: install a 64-bit one.")
+    if platform.system() == "Darwin" and platform.machine() == "x86_64":
+        raise Stop("PyTorch has no builds for Python on Intel Macs: use `conda env create -f environment.yml` there; "
+                   "on Apple silicon, run start.py with an arm64 Python.")
+
+
+# ---- the environment --------------------------------------------------------------------------------------------
+
+
+def venv_python():
+    return os.path.join(VENV, "Scripts", "python.exe") if WINDOWS else os.path.join(VENV, "bin", "python")
+
+
+def clean_environment():
+    """The variables children run with: those of the shell, less what would pull in another Python's packages."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "__PYVENV_LAUNCHER__")}
+    env.update(JUPYTER_PREFER_ENV_PATH="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONUTF8="1")
+    # glibc hands big blocks back to the kernel and faults them in again at every layer. Keeping them makes a network
+    # on the CPU a good deal faster; other systems do not read these names.
+    env.setdefault("MALLOC_MMAP_THRESHOLD_", "1073741824")
+    env.setdefault("MALLOC_TRIM_THRESHOLD_", "4294967296")
+    return env
+
+
+def wanted(extras):
+    """What the environment is to be: equal to the stamp's content if there is nothing to do."""
+    digest = hashlib.sha256()
+    for name in ("constraints.txt", "pyproject.toml"):
+        with open(os.path.join(ROOT, name), "rb") as file:
+            digest.update(file.read().replace(b"\r\n", b"\n") + b"\0")
+    return {
+        "inputs": digest.hexdigest(),
+        "python": "%d.%d" % sys.version_info[:2],
+        "folder": ROOT,
+        "torch_index": os.environ.get("LABKIT_TORCH_INDEX", ""),
+        "extras": sorted(extras),
+    }
+
+
+def stamped():
+    """What the environment is, or {} if it has never been finished."""
+    try:
+        with open(STAMP, encoding="utf-8") as file:
+            stamp = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def up_to_date(have, want):
+    """True if nothing is to be installed: all equal, and every extra there (more of them do no harm)."""
+    same = all(have.get(key) == want[key] for key in ("inputs", "python", "folder"))
+    return same and not other_torch(have, want) and set(want["extras"]) <= set(have.get("extras", []))
+
+
+def other_torch(have, want):
+    """True if torch is now asked for from another index; that the variable is no longer set asks for nothing."""
+    return want["torch_index"] not in ("", have.get("torch_index", ""))
+
+
+def reason_to_rebuild(have, want):
+    """Why an existing .venv cannot be repaired in place; None if it can."""
+    if os.path.exists(UNFINISHED):
+        return "an earlier set-up was interrupted"
+    if have.get("folder", ROOT) != ROOT:
+        return "the project was moved"
+    if have and other_torch(have, want):
+        return "torch is wanted from another index"
+    code = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
+    try:
+        answer = subprocess.run([venv_python(), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                env=clean_environment(), timeout=120)
+    except (OSError, subprocess.TimeoutExpired):
+        return "its Python does not start"
+    if answer.returncode:
+        return "its Python or its pip does not work"
+    there, here = answer.stdout.decode().strip(), want["python"]
+    return None if there == here else "it was made by Python %s, this is %s" % (there, here)
+
+
+def remove_venv():
+    if os.path.abspath(sys.prefix) == os.path.abspath(VENV):
+        raise Stop("start.py runs with the Python of .venv, which has to be rebuilt: run it with your own Python.")
+    try:
+        if os.path.islink(VENV):
+            os.unlink(VENV)
+        else:
+            shutil.rmtree(VENV)
+    except OSError as error:
+        raise Stop("cannot remove .venv (%s): close what uses it, delete it by hand, run again." % error.strerror)
+
+
+def step(arguments, problem):
+    """Run a step of the set-up in ROOT; its output goes to the terminal, a failure becomes one line."""
+    code = subprocess.call(arguments, cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL)
+    if code:
+        raise Stop("%s (exit code %d, details above)." % (problem, code))
+
+
+def install(extras, torch_index):
+    """Let pip install the package, editable, with what it needs, pinned; returns pip's exit code."""
+    command = [venv_python(), "-m", "pip", "install", "--progress-bar=off", "-c", "constraints.txt"]
+    if torch_index:
+        command += ["--extra-index-url", torch_index]
+    command += ["-e", ".[%s]" % ",".join(sorted(extras))]
+    pip = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    with pip:
+        for line in pip.stdout:  # of pip's hundreds of lines, the few that say why it takes long
+            line = line.decode("utf-8", "replace").strip()
+            if re.match(r"Downloading .*\((\d{2,}(\.\d+)? MB|.* GB)\)", line):
+                print("    " + line, flush=True)
+            elif line.startswith("Installing collected packages"):
+                print("    Installing %d packages" % (line.count(",") + 1), flush=True)
+    return pip.returncode
+
+
+def build(want):
+    """Bring .venv to `want`: made if absent, made anew if it cannot be trusted, else completed by pip."""
+    have = stamped()
+    if os.path.lexists(VENV):
+        reason = reason_to_rebuild(have, want)
+        if reason:
+            say("making .venv anew: %s." % reason)
+            remove_venv()
+            have = {}
+    if not os.path.lexists(VENV):
+        free = shutil.disk_usage(ROOT).free / 1e9
+        if free < GIGABYTES:
+            raise Stop("%.1f GB free on this disk, the set-up needs %d: make room and run again." % (free, GIGABYTES))
+        say("making .venv with Python %s" % want["python"])
+        step([sys.executable, "-m", "venv", VENV], "cannot make .venv: on Debian and Ubuntu install python3-venv first")
+
+    if os.path.exists(STAMP):
+        os.remove(STAMP)
+    # From here until pip returns by itself, a killed process leaves packages half unpacked that pip believes to be
+    # whole. The mark makes the next run begin afresh.
+    with open(UNFINISHED, "w"):
+        pass
+    say("installing the pinned packages (some minutes the first time)")
+    want["extras"] = sorted(set(want["extras"]) | set(have.get("extras", [])))  # what was there stays there
+    code = install(want["extras"], want["torch_index"])
+    if code >= 0:  # pip came to an end, good or bad; a negative code is the signal that ended it
+        os.remove(UNFINISHED)
+    if code:
+        raise Stop("the packages could not be installed (details above): check network and disk space, run again.")
+    step([venv_python(), "-c", "import torch, labkit, jupyterlab, nbval"],
+        "the packages are installed but do not load; on Windows, PyTorch needs the Visual C++ redistributable")
+    with open(STAMP, "w", encoding="utf-8") as file:
+        json.dump(want, file, indent=1)
+
+
+@contextlib.contextmanager
+def locked():
+    """Let one set-up of this folder run at a time; the system frees the lock when its holder dies."""
+    with open(os.path.join(ROOT, ".venv.lock"), "a+") as file:
+        waiting = False
+        while True:
+            try:
+                if WINDOWS:
+                    import msvcrt
+
+                    file.seek(0)
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if waiting else msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
+                break
+            except OSError:
+                if not waiting:
+                    say("another start.py is setting up this folder; waiting for it")
+                waiting = True
+        yield
+
+
+def set_up():
+    """Make the environment what pyproject.toml and constraints.txt ask for; nothing if it is that already."""
+    check_python()
+    extras = EXTRAS | set(os.environ.get("LABKIT_EXTRAS", "").replace(",", " ").split())
+    want = wanted(extras)
+
+    def ready():
+        return os.path.exists(venv_python()) and not os.path.exists(UNFINISHED) and up_to_date(stamped(), want)
+
+    if ready():
+        return
+    try:
+        with locked():
+            if not ready():  # another start.py may have done it while this one waited
+                build(want)
+    except PermissionError as error:
+        raise Stop("cannot write %s: copy the project to a folder of your own." % error.filename)
+    say("set up")
+
+
+# ---- what to do with it -----------------------------------------------------------------------------------------
+
+
+def notebook_path():
+    return os.path.join(ROOT, "notebooks", NOTEBOOK + ".ipynb")
+
+
+def foreground(command, env):
+    """Run a program that deals with Ctrl+C itself, and wait until it has done so; returns its exit code."""
+    child = subprocess.Popen(command, cwd=ROOT, env=env)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_lab():
+    """JupyterLab on the first notebook: this machine only, token kept, nothing asked of the network."""
+    if not os.path.exists(notebook_path()):
+        raise Stop("notebooks/%s.ipynb is missing: get the project again." % NOTEBOOK)
+    say("opening JupyterLab; to stop it, press Ctrl+C here and answer y")
+    code = foreground(
+        [venv_python(), "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=" + ROOT,
+         "--LabApp.default_url=/lab/tree/notebooks/%s.ipynb" % NOTEBOOK, "--LabApp.news_url=None",
+         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+        clean_environment())
+    if code > 0:
+        raise Stop("JupyterLab ended with exit code %d (details above)." % code)
+    return 0
+
+
+def run_tests(arguments):
+    """pytest over tests and notebooks; the hub is off, for no test may need the network."""
+    env = clean_environment()
+    env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    return foreground([venv_python(), "-m", "pytest"] + arguments, env)
+
+
+def run_headless():
+    """Run the first notebook and leave it as one HTML page, its figures inside; nothing is written on failure."""
+    if not os.path.exists(notebook_path()):
+        raise Stop("notebooks/%s.ipynb is missing: get the project again." % NOTEBOOK)
+    out = os.path.join(ROOT, "out")
+    os.makedirs(out, exist_ok=True)
+    say("running notebooks/%s.ipynb (about a minute)" % NOTEBOOK)
+    done = subprocess.run(
+        [venv_python(), "-m", "nbconvert", "--execute", "--to", "html", "--output-dir", out, notebook_path(),
+         # A page with saved widgets fetches their code from the network and, offline, shows nothing at all.
+         "--ExecutePreprocessor.store_widget_state=False", "--ExecutePreprocessor.timeout=600",
+         "--ExecutePreprocessor.kernel_name=python3"],
+        cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        print(done.stdout.decode("utf-8", "replace"), file=sys.stderr)
+        raise Stop("the notebook failed (details above).")
+    say("wrote " + os.path.join(out, NOTEBOOK + ".html"))
+    return 0
+
+
+def main(arguments):
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if not (arguments in ([], ["--headless"]) or arguments[0] == "test"):
+        raise Stop("unknown argument %r; there are `start.py`, `start.py test [pytest arguments]` and "
+                   "`start.py --headless`." % arguments[0])
+    set_up()
+    if not arguments:
+        return open_lab()
+    return run_headless() if arguments == ["--headless"] else run_tests(arguments[1:])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Stop as stop:
+        print("labkit: " + str(stop), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nlabkit: stopped.", file=sys.stderr)
+        sys.exit(130)
