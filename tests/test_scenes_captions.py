@@ -112,7 +112,7 @@ def lies(text: str, scene: Scene):
         if text.startswith(number):
             yield "count", text.replace(number, other)
     if all(obj.colour != "white" for obj in scene.objects):
-        yield "colour", re.sub("red|green|blue|yellow|purple|cyan|orange", "white", text)
+        yield "colour", re.sub(r"\b(red|green|blue|yellow|purple|cyan|orange)\b", "white", text)
     if all(obj.shape != "cone" for obj in scene.objects):
         yield "shape", re.sub(r"\b(sphere|ball|cube|block|box|cylinder|tube)\b", "cone", text)
     if all(obj.size == "small" for obj in scene.objects):

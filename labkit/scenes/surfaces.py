@@ -31,6 +31,7 @@ class World:
         self.softbox = self._rgb(self.mood.softbox)
         self.palette = torch.tensor([COLOURS[obj.colour] for obj in scene.objects], device=device).T.contiguous()  # (3, K)
         self.is_metal = torch.tensor([obj.material == "metal" for obj in scene.objects], device=device)  # (K,)
+        self.is_turned = torch.tensor([obj.shape in ("cylinder", "cone") for obj in scene.objects], device=device)  # (K,)
         self.knees = torch.tensor([0.45 * obj.height for obj in scene.objects], device=device)  # (K,) below it is dim
         warm = scene.tone - 0.5
         self.plain = self._rgb((0.46 + 0.10 * warm, 0.42, 0.37 - 0.12 * warm))
@@ -109,12 +110,12 @@ def sky_radiance(world: World, direction: tuple) -> Tensor:
     dx, dy, dz = direction
     height = ((dz - 0.10) / 0.55).clamp(0, 1)  # steep, so that flat metal shows a gradient too
     behind = (0.5 + 0.9 * dy).clamp(0.0, 1.0)
-    room = world.sky * 1.5
+    room = world.sky * 0.9
     shell = room + (world.wall_low + (world.wall_high - world.wall_low) * height - room) * behind
     facing = dx * world.light[0] + dy * world.light[1] + dz * world.light[2]
     lamp = ((facing - 0.80) / 0.12).clamp(0, 1)
     overhead = ((dz - 0.55) / 0.35).clamp(0, 1)  # a broad pale ceiling
-    return shell + world.softbox * (lamp * lamp * (3 - 2 * lamp)) + world.sky * (0.9 * overhead)
+    return shell + world.softbox * (lamp * lamp * (3 - 2 * lamp)) + world.sky * (0.8 * overhead)
 
 
 def ground_radiance(world: World, origin: tuple, direction: tuple, blur: float) -> Tensor:
@@ -124,6 +125,7 @@ def ground_radiance(world: World, origin: tuple, direction: tuple, blur: float) 
     x, y = origin[0] + t * dx, origin[1] + t * dy
     wide = blur * t
     table = table_radiance(world, x.clamp(-9, 9), y.clamp(-9, BACK), wide, wide / (-dz).clamp_min(0.15))
+    table = table * (1.15 / (1 + 0.14 * (x * x + y * y)))  # the room around is darker: flat metal shows a gradient
     fade = ((-dz - 0.02) / 0.2).clamp(0, 1) * (1 - ((y - BACK + 0.4) / 0.8).clamp(0, 1))
     return torch.lerp(sky_radiance(world, direction), table, fade)
 
@@ -144,10 +146,19 @@ def solid_radiance(world: World, owner: Tensor, point: tuple, normal: Tensor, vi
     if len(at):
         seen = _mirrored(world, owner[at], tuple(axis[at] for axis in point), mirror.index_select(1, at))
         colour, rim = colour.index_select(1, at), rim[at]
-        tint = colour + (1 - colour) * (0.06 + 0.55 * rim)  # Schlick 1994
-        spark = world.softbox * (2.2 * _power(shine[at], 7) * visible[at]) * (0.4 + 0.6 * tint)
-        radiance.index_copy_(1, at, colour * (0.30 * diffuse.index_select(1, at)) + tint * (0.80 * seen) + spark)
+        tint = colour + (1 - colour) * (0.03 + 0.30 * rim)  # Schlick 1994
+        streak = _streak(world, owner[at], normal.index_select(1, at), view.index_select(1, at))
+        spark = world.softbox * ((1.6 * _power(shine[at], 7) + 0.30 * streak) * visible[at]) * (0.35 + 0.65 * tint)
+        radiance.index_copy_(1, at, colour * (0.30 * diffuse.index_select(1, at)) + tint * (0.85 * seen) + spark)
     return radiance
+
+
+def _streak(world: World, owner: Tensor, normal: Tensor, view: Tensor) -> Tensor:
+    """Upright highlight (N,) of the key light on turned metal (cylinder, cone): only the azimuths have to agree."""
+    hx, hy = world.light[0] - view[0], world.light[1] - view[1]
+    upright = (normal[0] * normal[0] + normal[1] * normal[1]).sqrt()  # 0 on a cap
+    agree = (normal[0] * hx + normal[1] * hy) / (upright.clamp_min(1e-3) * (hx * hx + hy * hy).sqrt())
+    return world.is_turned.index_select(0, owner) * upright * _power(agree.clamp(0, 1), 5)
 
 
 def _power(x: Tensor, doublings: int) -> Tensor:
