@@ -1,0 +1,257 @@
+"""Latent diffusion, all parts together: a sentence in, a picture out.
+
+    c = text_encoder(tokens(prompt))                                                     what is wanted
+    x_T ~ N(0, I), one seed an image                                                     where it starts
+    x_t -> x_s  by  eps = eps_u + w (eps_c - eps_u),  eps_. = unet(x_t, t, c or uncond)  some 20 steps
+    image = vae.decode(x / scaling_factor)                                               what one sees
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". This is the one file that knows all
+the parts; each of them is in a room of its own and knows none of the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from io import BytesIO
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from labkit.device import Noise
+from labkit.errors import LabkitError
+from labkit.guidance import classifier_free
+from labkit.models.clip import CLIPText
+from labkit.models.tokenizer import WORDS, Tokenizer, normalise
+from labkit.models.unet import UNet
+from labkit.models.vae import VAE
+from labkit.samplers import SAMPLERS, Step
+from labkit.schedule import Schedule, ScheduleConfig, eps_prediction
+
+DEFAULTS = {"steps": 20, "guidance": 7.5, "sampler": "ddim"}
+DECODED_AT_ONCE = 2**20  # pixels: the decoder's memory is what breaks first when many or large images are drawn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rows of the network call in progress are; branch-major, so row = branch * images + image."""
+
+    branches: tuple[str, ...]          # ("uncond", "cond"), ("cond",) or ("uncond",)
+    images: int                        # B; the call has len(branches) * B rows
+    i: int                             # the step, 0 is the noisiest
+    t: int                             # its timestep
+    steps: int
+    size: tuple[int, int]              # (h, w) of the latents
+    prompts: tuple[str, ...]           # what branch "cond" is told, one an image
+    negative_prompts: tuple[str, ...]  # what branch "uncond" is told, one an image
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """Finished pictures and what made them: `lab.generate(**generation.recipe)` draws them again."""
+
+    images: list[Image.Image]
+    latents: Tensor  # (B, 4, h, w), scaled as the U-Net sees them
+    recipe: dict     # arguments of `generate`, plain values
+    model: str
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the pictures side by side."""
+        width, height = self.image.size
+        strip = Image.new("RGB", (width * len(self.images), height))
+        for n, image in enumerate(self.images):
+            strip.paste(image, (n * width, 0))
+        strip.save(png := BytesIO(), "PNG")
+        return png.getvalue()
+
+
+class LatentDiffusion:
+    """The parts of a model and what they do together: `generate`, `steps`, `decode`, `encode_image`, `encode_text`.
+
+    `metadata` is labkit.json: "defaults" (steps, guidance, sampler) and "vocabulary", the only words that a model of a
+    closed world knows. `layout` says what the rows of the U-Net call in progress are; outside of one it is None.
+    """
+
+    def __init__(
+        self, unet: UNet, vae: VAE, text_encoder: CLIPText, tokenizer: Tokenizer, schedule_config: ScheduleConfig,
+        name: str = "model", metadata: dict | None = None,
+    ):  # fmt: skip
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.schedule_config, self.schedule = schedule_config, Schedule(schedule_config)
+        self.name, self.metadata = name, metadata or {}
+        self.defaults = {**DEFAULTS, **self.metadata.get("defaults", {})}
+        self.vocabulary = frozenset(self.metadata.get("vocabulary") or ())
+        self.layout: Layout | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        steps: int | None = None,
+        guidance: float | Sequence[float] | None = None,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str | None = None,
+        progress: bool = True,
+    ) -> Generation:
+        """Draw pictures of a prompt, or of several; None means the model's own default.
+
+        `prompt`, `guidance`, `seed` and `negative_prompt` are one value for all pictures or a list with one for each;
+        `height` and `width` are pixels. The same seed gives the same picture in any batch, and in diffusers. Raises
+        LabkitError if any of it cannot be.
+        """
+        from tqdm.auto import tqdm
+
+        recipe = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler)
+        for step in tqdm(self.steps(**recipe), total=recipe["steps"], desc=self.name, disable=not progress):
+            pass
+        return Generation(to_pil(self.decode(step.x)), step.x, recipe, self.name)
+
+    def steps(
+        self, prompt, steps=None, guidance=None, seed=0, negative_prompt="", height=None, width=None, sampler=None
+    ) -> Iterator[Step]:
+        """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`."""
+        plan = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler)
+        f = self.vae.config.factor
+        size = (plan["height"] // f, plan["width"] // f)
+        order = {t: i for i, t in enumerate(self.schedule.timesteps(plan["steps"]).tolist())}
+        c, uncond = self.encode_text(plan["prompt"]), self.encode_text(plan["negative_prompt"])  # (B, L, D)
+        noise = Noise(plan["seed"], (self.unet.config.in_channels, *size))
+        B = len(noise.seeds)
+
+        def network(x_t: Tensor, t: int, c: Tensor) -> Tensor:
+            texts = tuple(plan["prompt"]), tuple(plan["negative_prompt"])
+            self.layout = Layout(denoise.branches, B, order.get(t, -1), t, len(order), size, *texts)
+            try:
+                with torch.no_grad():
+                    return self.unet(x_t.to(self.dtype), t, c).to(x_t.dtype)
+            finally:
+                self.layout = None
+
+        denoise = classifier_free(eps_prediction(network, self.schedule), c, uncond, plan["guidance"])
+        # latents stay in float32 also where the network computes in half: their small last steps would be rounded away
+        x_T = noise.draw().to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
+        return SAMPLERS[plan["sampler"]](denoise, x_T, self.schedule, plan["steps"], noise=noise.draw)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], float32, of latents (B, 4, h, w); LabkitError if they are not finite."""
+        if z.ndim != 4:
+            raise LabkitError(f"The latents are {tuple(z.shape)}: give (B, {self.vae.config.latent_channels}, h, w).")
+        dtype, pixels = self.vae.post_quant_conv.weight.dtype, z[0, 0].numel() * self.vae.config.factor**2
+        z = z.to(self.device, dtype) / self.vae.config.scaling_factor
+        parts = z.split(max(1, DECODED_AT_ONCE // pixels))
+        images = torch.cat([self.vae.decode(part).float() for part in parts])  # (B, 3, H, W)
+        if not bool(images.isfinite().all()):
+            raise LabkitError(f"The picture has values that are not finite ({dtype}): load the model in float32.")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+        """Latents (B, 4, h, w) of a PIL picture, several of one size, or (B, 3, H, W) in [0, 1]: the encoder's mean."""
+        pixels = image if isinstance(image, Tensor) else from_pil(image)
+        f = self.vae.config.factor
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % f or pixels.shape[3] % f:
+            shape = tuple(pixels.shape)
+            raise LabkitError(f"The image is {shape}: give (B, 3, H, W) with height and width multiples of {f}.")
+        pixels = pixels.to(self.device, self.vae.post_quant_conv.weight.dtype) * 2 - 1
+        z = self.vae.encode(pixels).mode * self.vae.config.scaling_factor
+        return z.to(torch.promote_types(z.dtype, torch.float32))  # (B, 4, h, w)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
+        """Text states (B, L, D) of prompts; LabkitError names what is too long or not in a closed vocabulary."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for prompt in prompts:
+            self._check_text(prompt)
+        return self.text_encoder(self.tokenizer(prompts).to(self.device)).to(self.dtype)  # (B, L, D)
+
+    def _check_text(self, text: str) -> None:
+        rest = self.tokenizer.cut(text)
+        if rest:
+            n = self.tokenizer.max_length - 2
+            raise LabkitError(f"The prompt is too long: the model reads {n} tokens, {rest!r} is cut off. Shorten it.")
+        said = WORDS.findall(normalise(text)[0]) if self.vocabulary else ()
+        unknown = [word for word in dict.fromkeys(said) if word not in self.vocabulary]
+        if unknown:
+            known = sorted(self.vocabulary)
+            near = get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(map(repr, unknown))
+            raise LabkitError(f"{self.name} does not know {names}.{hint} It knows these words: {' '.join(known)}")
+
+    def _recipe(self, prompt, steps, guidance, seed, negative_prompt, height, width, sampler) -> dict:
+        """The arguments of `generate` completed and checked: one prompt, seed and negative prompt for each picture."""
+        guidance = self.defaults["guidance"] if guidance is None else guidance
+        lists = {"prompt": _listed(prompt), "seed": _listed(seed), "negative_prompt": _listed(negative_prompt)}
+        if isinstance(guidance, (list, tuple)) or getattr(guidance, "ndim", 0):
+            lists["guidance"] = _listed(guidance)
+        B = max(1, *(len(values) for values in lists.values()))
+        for field, values in lists.items():
+            if len(values) not in (1, B):
+                raise LabkitError(f"{field} has {len(values)} entries for {B} pictures: give one, or one for each.")
+            lists[field] = values * (B // len(values))
+        for text in lists["prompt"] + lists["negative_prompt"]:
+            if not isinstance(text, str):
+                raise LabkitError(f"A prompt is a text, this is {type(text).__name__} {text!r}.")
+        if not all(text.strip() for text in lists["prompt"]):
+            raise LabkitError("The prompt is empty: say what to draw, such as 'a red sphere'.")
+        sampler = self.defaults["sampler"] if sampler is None else sampler
+        if sampler not in SAMPLERS:
+            raise LabkitError(f"Unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
+        steps = self.defaults["steps"] if steps is None else steps
+        self.schedule.timesteps(steps)  # raises where the number cannot be
+        side = self.unet.config.sample_size * self.vae.config.factor
+        return {
+            **{"guidance": guidance, **lists}, "steps": steps, "sampler": sampler,
+            "height": self._side("height", side if height is None else height),
+            "width": self._side("width", side if width is None else width),
+        }  # fmt: skip
+
+    def _side(self, field: str, pixels: int) -> int:
+        # f pixels make one latent, and the U-Net halves the latents at every level but the last
+        multiple = self.vae.config.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if not isinstance(pixels, int) or pixels < multiple or pixels % multiple:
+            near = max(round(pixels / multiple), 1) * multiple if isinstance(pixels, int) else multiple
+            raise LabkitError(f"{field} is {pixels!r}: give a multiple of {multiple} pixels, such as {near}.")
+        return pixels
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] as PIL pictures."""
+    pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return [Image.fromarray(p) for p in rearrange(pixels, "b c h w -> b h w c").contiguous().numpy()]
+
+
+def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
+    """PIL pictures of one size as (B, 3, H, W) in [0, 1]; LabkitError if their sizes differ."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise LabkitError("There is no picture: give a PIL image, a list of them, or a tensor (B, 3, H, W) in [0, 1].")
+    if len({image.size for image in images}) > 1:
+        raise LabkitError(f"The pictures have sizes {sorted({i.size for i in images})}: encode one size at a time.")
+    rows = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in images]
+    width, height = images[0].size
+    return rearrange(torch.stack(rows).float() / 255, "b (h w c) -> b c h w", h=height, w=width)
+
+
+def _listed(value) -> list:
+    """One value or several as a list of plain values."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)
+
