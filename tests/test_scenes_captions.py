@@ -105,7 +105,7 @@ def test_captions_are_true():
 
 def lies(text: str, scene: Scene):
     """(kind, false sentence) for each way to twist a true one."""
-    if re.search(RELATION, text) and not ambiguous(text):
+    if unmistakable(text, scene):
         swap = {"left": "right", "right": "left", "behind": "in front of", "in front of": "behind"}
         yield "relation", re.sub(r"left|right|behind|in front of", lambda match: swap[match[0]], text)
     for number, other in (("two", "three"), ("three", "two")):
@@ -136,11 +136,10 @@ def test_reader_rejects_false_captions():
     assert len(rejected) == 9 and min(rejected.values()) >= 20, rejected
 
 
-def ambiguous(text: str) -> bool:
-    """Whether both sides of the relation could be said of the same objects ("a cone left of a cone")."""
+def unmistakable(text: str, scene: Scene) -> bool:
+    """Whether both sides of the relation fit one object each, so that turning it round must make it false."""
     parts = re.split(RELATION, re.sub(TABLE, "", re.sub(LIGHT, "", re.sub(STYLE, "", text))))
-    first, second = read_things(parts[0])[1], read_things(parts[2])[1]
-    return all(first[name] == second[name] for name in first.keys() & second.keys())
+    return len(parts) == 3 and all(len(fitting(scene, read_things(part)[1])) == 1 for part in parts[::2])
 
 
 def test_words_are_aligned():

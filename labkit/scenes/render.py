@@ -7,7 +7,6 @@ a picture cannot depend on its neighbours in the batch.
 """
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -77,7 +76,10 @@ def render(scenes: Scene | Sequence[Scene], size: int = 128, device: str | torch
 
 
 def render_many(scenes: Sequence[Scene], workers: int = 2, progress: bool = False, size: int = 128) -> np.ndarray:
-    """Pictures of many scenes as uint8 (N, size, size, 3), rendered by `workers` processes."""
+    """Pictures of many scenes as uint8 (N, size, size, 3), rendered by `workers` processes.
+
+    In a script, call it under `if __name__ == "__main__":`, as each process imports the script anew.
+    """
     scenes = list(scenes)
     pictures = np.empty((len(scenes), size, size, 3), np.uint8)
     chunks = [scenes[start : start + 32] for start in range(0, len(scenes), 32)]
@@ -137,7 +139,9 @@ def _sketch(world: World, size: int, device: torch.device) -> Tensor:
     """A pencil drawing, drawn at twice the size and averaged down."""
     places = (torch.arange(2 * size, dtype=torch.float32, device=device) + 0.5) / (2 * size)
     hits = trace(world, places.repeat(2 * size), places.repeat_interleave(2 * size), 2 * size)
-    return F.avg_pool2d(draw(world, hits, 2 * size)[None], 2)[0]
+    image = draw(world, hits, 2 * size)
+    image = image[:, ::2] + image[:, 1::2]
+    return (image[:, :, ::2] + image[:, :, 1::2]) * 0.25
 
 
 def trace(world: World, u: Tensor, v: Tensor, size: int, offsets: Tensor | None = None) -> Hits:
@@ -215,8 +219,3 @@ def to_srgb(linear: Tensor) -> Tensor:
     """The sRGB transfer curve (IEC 61966-2-1)."""
     linear = linear.clamp(0, 1)
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055)
-
-
-def available_workers() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
