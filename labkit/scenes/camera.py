@@ -26,7 +26,8 @@ class Camera:
     forward: tuple = field(init=False)
 
     def __post_init__(self):
-        cos_yaw, sin_yaw, cos_pitch, sin_pitch = math.cos(self.yaw), math.sin(self.yaw), math.cos(self.pitch), math.sin(self.pitch)
+        cos_yaw, sin_yaw = math.cos(self.yaw), math.sin(self.yaw)
+        cos_pitch, sin_pitch = math.cos(self.pitch), math.sin(self.pitch)
         forward = (-sin_yaw * cos_pitch, cos_yaw * cos_pitch, -sin_pitch)
         object.__setattr__(self, "forward", forward)
         object.__setattr__(self, "right", (cos_yaw, sin_yaw, 0.0))
