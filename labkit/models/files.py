@@ -112,7 +112,10 @@ def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None)
                 if tensor.is_floating_point():
                     if tensor.element_size() == 1:
                         raise CheckpointError(f"{path}: {key} is {tensor.dtype}; labkit reads float16, bfloat16, float32 and float64.")
-                    tensor = tensor.to(device, dtype or tensor.dtype)
+                    # a copy: what was read would be a view of the file, and break if the file is replaced or cut
+                    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
+                    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                        raise CheckpointError(f"{path}: {key} holds NaN or infinity as {tensor.dtype}; {AGAIN}, or load it as float32.")
                 tensors[key] = tensor
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not all of it is there ({size} bytes; {' '.join(str(error).split())}); {AGAIN}.") from None

@@ -31,6 +31,8 @@ def resolve(name: str | Path, dtype: torch.dtype | None = None) -> Path:
         if not path.is_dir():
             raise CheckpointError(f"{path}: the shipped model is not there; labkit must be run from its own folder (pip install -e .).")
         return path
+    if len(str(name)) > 1000:  # longer than a file system allows, which would raise errors of its own
+        raise CheckpointError(f"No model called {str(name)[:20]!r}... {_possible()}")
     if path.is_dir():
         return path
     if path.is_file() and path.suffix in PICKLES:

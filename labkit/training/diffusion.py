@@ -1,0 +1,101 @@
+"""Training of the U-Net on latents: guess the noise.
+
+    L = E_{x0, t, eps} || eps - eps_theta(q_sample(x0, t, eps), t, c) ||^2            DDPM (Ho et al. 2020), eq. 14; LDM, eq. 3
+
+x0 is a sample of the encoder's Gaussian times the scale factor, t is uniform, c the frozen text encoder's states of a fresh
+caption; one caption in ten is replaced by the empty one, so that the same network also learns p(x) and can be guided
+(Ho & Salimans 2022). Latents do not depend on what is learnt here, so they are computed once.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from labkit.device import Noise
+from labkit.guidance import classifier_free
+from labkit.models.clip import CLIPText
+from labkit.models.unet import UNet
+from labkit.models.vae import VAE
+from labkit.samplers import ddim
+from labkit.schedule import Schedule, ScheduleConfig, q_sample
+from labkit.training.data import Scene, captions, contact_sheet, to_signed
+from labkit.training.loop import Player, Recipe, Share
+from labkit.training.vae import scale_factor
+
+DROPOUT = 0.1  # of the captions
+SHEET_PROMPTS = ("a red sphere", "a blue cube", "a green cylinder", "a yellow cone", "a large purple metal sphere", "a small white cube at night",
+                 "an orange cone on a checkered table", "a red sphere left of a blue cube")
+
+
+class NoisePrediction(nn.Module):
+    """The objective: mean squared error of the predicted noise, with the mean over early and late timesteps shown apart."""
+
+    def __init__(self, unet: UNet, schedule: Schedule) -> None:
+        super().__init__()
+        self.unet, self.schedule = unet, schedule
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        t, eps = batch["t"], batch["eps"]
+        x_t = q_sample(batch["x0"], t, eps, self.schedule)  # (B, 4, h, w)
+        error = (self.unet(x_t, t, batch["c"]) - eps).pow(2).flatten(1).mean(1)  # (B,)
+        late = (t >= self.schedule.config.num_train_timesteps // 2).float()
+        return {"loss": error.mean(), "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
+
+
+@torch.no_grad()
+def latents(vae: VAE, images: np.ndarray, path: Path, device: str | None = None, batch_size: int = 16) -> dict[str, Tensor]:
+    """Mean and standard deviation of every picture's scaled latent, (N, 4, h, w) each, and the scale (); kept in `path`."""
+    if path.exists() and (found := load_file(path))["mean"].shape[0] >= len(images):
+        return found
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    vae, scale, means, stds = vae.to(device), scale_factor(vae.to(device), images[:2000]), [], []
+    for i in tqdm(range(0, len(images), batch_size), desc="latents", leave=False):
+        q = vae.encode(to_signed(images[i : i + batch_size]).to(device))
+        means.append((q.mean * scale).cpu().contiguous())
+        stds.append((q.std * scale).cpu())
+    found = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous(), "scale": torch.tensor(scale)}
+    save_file(found, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    return found
+
+
+def saved_scale(path: Path) -> float:
+    """The scale factor measured when `latents` wrote this file."""
+    with safe_open(path, "pt") as file:
+        return float(file.get_tensor("scale"))
+
+
+def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig) -> Recipe:
+    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch."""
+    schedule, scale = Schedule(config), float(latents["scale"])
+
+    @torch.no_grad()
+    def encode(words: list[str], device) -> Tensor:
+        return text.to(device)(tokenizer(words).to(device))  # (B, L, D)
+
+    def batch(step: int, share: Share) -> dict:
+        g, n = share.generator(step), share.batch_size
+        index = share.mine(torch.randint(len(scenes), (n,), generator=g)).cpu()
+        t = share.mine(torch.randint(config.num_train_timesteps, (n,), generator=g))
+        posterior, eps = (share.mine(torch.randn(n, *latents["mean"].shape[1:], generator=g)) for _ in range(2))
+        dropped = share.mine(torch.rand(n, generator=g) < DROPOUT).tolist()
+        rng = np.random.default_rng([share.seed, step, share.rank])
+        words = ["" if drop else w for drop, w in zip(dropped, captions([scenes[i] for i in index.tolist()], rng))]
+        x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
+        return {"x0": x0, "t": t, "eps": eps, "c": encode(words, share.device)}
+
+    @torch.no_grad()
+    def sheet(modules: dict[str, nn.Module]) -> object:
+        network = modules["unet"]
+        device, n = next(network.parameters()).device, len(SHEET_PROMPTS)
+        c, uncond = encode(list(SHEET_PROMPTS) * 2, device), encode([""] * 2 * n, device)
+        noise = Noise(range(2 * n), tuple(latents["mean"].shape[1:]))
+        for step in ddim(classifier_free(network, c, uncond, 4.0), noise.draw().to(device), schedule, 20):
+            z = step.x
+        return contact_sheet(vae.to(device).decode(z / scale).cpu(), columns=n)
+
+    return Recipe([Player("diffusion", NoisePrediction(unet, schedule), {"unet": unet})], batch, sheet)

@@ -1,0 +1,132 @@
+"""The three stages that make the shipped model, one after the other: clip, vae, diffusion; and their assembly.
+
+Each stage keeps its state in a folder of its own (runs/tabletop/clip, ...), resumes from there, and reads what it needs of
+the stages before. `export` writes the averaged weights as a model folder that labkit and diffusers open.
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from labkit.checkpoint import save_pipeline, write_sums
+from labkit.diffusion import LatentDiffusion
+from labkit.errors import LabkitError
+from labkit.models.clip import CLIPText
+from labkit.models.config import TABLETOP_TEXT, TABLETOP_UNET, TABLETOP_VAE, UNetConfig, VAEConfig
+from labkit.models.files import write_safetensors
+from labkit.models.tokenizer import Tokenizer, build_vocabulary
+from labkit.models.tower import ImageTower
+from labkit.models.unet import UNet
+from labkit.models.vae import VAE
+from labkit.scenes.captions import vocabulary
+from labkit.schedule import ScheduleConfig
+from labkit.training import clip, diffusion
+from labkit.training import vae as autoencoding
+from labkit.training.vae import VAELoss
+from labkit.training.data import World, renders, scenes
+from labkit.training.loop import LoopConfig, run
+
+STAGES = ("clip", "vae", "diffusion")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides what comes out."""
+
+    world: World = World()
+    pictures: int = 11_000
+    clip: LoopConfig = LoopConfig(steps=1200, batch_size=64, lr=1e-3, warmup=100)
+    vae: LoopConfig = LoopConfig(steps=6000, batch_size=8, lr=1e-3, ema_decay=0.998)
+    vae_loss: VAELoss = VAELoss()
+    diffusion: LoopConfig = LoopConfig(steps=4000, batch_size=32, lr=1e-3, warmup=300)
+    unet_config: UNetConfig = TABLETOP_UNET
+    vae_config: VAEConfig = TABLETOP_VAE
+    schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
+    guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
+
+
+PRESETS = {
+    "tabletop": Preset(),
+    # a few minutes from end to end, to see the machinery work; its pictures are coloured blobs
+    "smoke": Preset(
+        pictures=500,
+        clip=LoopConfig(steps=20, batch_size=16, lr=1e-3, warmup=5),
+        vae=LoopConfig(steps=20, batch_size=4, lr=1e-3, warmup=5),
+        vae_loss=VAELoss(adversarial_from=15, full_from=10),
+        diffusion=LoopConfig(steps=20, batch_size=8, lr=1e-3, warmup=5),
+    ),
+}
+
+
+def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str | None = None) -> None:
+    """Train one stage, or "all" and then export, in `folder`; goes on where an earlier run stopped."""
+    if stage not in (*STAGES, "all"):
+        raise LabkitError(f"there is no training stage {stage!r}; choose from {', '.join(STAGES)} or all")
+    folder = Path(folder)
+    for name in STAGES if stage == "all" else (stage,):
+        {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion}[name](folder, preset, device)
+    if stage == "all":
+        export(folder, preset, folder / "model")
+
+
+def train_clip(folder: Path, preset: Preset, device: str | None) -> None:
+    torch.manual_seed(preset.clip.seed)
+    tokenizer = build_tokenizer()
+    recipe = clip.recipe(text_encoder(tokenizer), ImageTower(), tokenizer, scenes(preset.world, 0, preset.pictures), pictures(folder, preset))
+    run(recipe, preset.clip, folder / "clip", device)
+
+
+def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
+    torch.manual_seed(preset.vae.seed)
+    tower = take(folder / "clip", image_tower=ImageTower())[0]
+    run(autoencoding.recipe(VAE(preset.vae_config), tower, pictures(folder, preset), preset.vae_loss), preset.vae, folder / "vae", device)
+
+
+def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
+    torch.manual_seed(preset.diffusion.seed)
+    tokenizer, autoencoder = build_tokenizer(), take(folder / "vae", vae=VAE(preset.vae_config))[0]
+    text = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0]
+    latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
+    recipe = diffusion.recipe(UNet(preset.unet_config), text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
+    run(recipe, preset.diffusion, folder / "diffusion", device)
+
+
+def pictures(folder: Path, preset: Preset):
+    return renders(preset.world, 0, preset.pictures, folder / "data")
+
+
+def build_tokenizer() -> Tokenizer:
+    """CLIP's tokenizer over this world's words: each is one token."""
+    return Tokenizer(*build_vocabulary(vocabulary()), max_length=TABLETOP_TEXT.max_position_embeddings)
+
+
+def text_encoder(tokenizer: Tokenizer) -> CLIPText:
+    return CLIPText(replace(TABLETOP_TEXT, vocab_size=len(tokenizer)))
+
+
+def take(folder: Path, **modules: nn.Module) -> list[nn.Module]:
+    """Fill modules with the averaged weights of a finished stage, frozen and in evaluation mode."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise LabkitError(f"{path} does not exist; train that stage first: python -m labkit train {folder.name} --folder {folder.parent}")
+    saved = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    for name, module in modules.items():
+        module.load_state_dict(saved[name])
+        module.eval().requires_grad_(False)
+    return list(modules.values())
+
+
+def export(folder: str | Path, preset: Preset, target: str | Path) -> None:
+    """Write the averaged weights of all three stages to `target`: a model folder in float16, the image tower beside it, SHA-256 sums."""
+    folder, target = Path(folder), Path(target)
+    tokenizer = build_tokenizer()
+    text, tower = take(folder / "clip", text_encoder=text_encoder(tokenizer), image_tower=ImageTower())
+    scale = diffusion.saved_scale(folder / "latents.safetensors")
+    vae = take(folder / "vae", vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
+    unet = take(folder / "diffusion", unet=UNet(preset.unet_config))[0]
+    metadata = {"name": "tabletop", "defaults": {"steps": 20, "guidance": preset.guidance, "sampler": "ddim"}, "vocabulary": list(vocabulary())}
+    lab = LatentDiffusion(unet, vae, text, tokenizer, preset.schedule, name="tabletop", metadata=metadata)
+    save_pipeline(lab, target, dtype=torch.float16, overwrite=True)
+    write_safetensors(tower.state_dict(), target / "image_tower" / "model.safetensors", torch.float16)
+    write_sums(target)

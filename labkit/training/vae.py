@@ -1,0 +1,139 @@
+"""Training of the KL autoencoder: reconstruct, look alike, fool a discriminator, stay near a unit Gaussian.
+
+    L = |x - x^| + a P(x, x^) + b KL(q(z|x) || N(0, I)) + c lambda L_adv            LDM (Rombach et al. 2022), section 3.1 and appendix G
+    lambda = |grad_W (rec)| / |grad_W (adv)|,  W the decoder's last layer            VQGAN (Esser et al. 2021), eq. 7
+
+P compares normalised features of the image tower (what LPIPS does with VGG's). The discriminator judges patches (Isola et al.
+2017) by the hinge loss. KL is per latent value and tiny: it keeps the latents from running away, it does not make them Gaussian.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.models.tower import ImageTower
+from labkit.models.vae import VAE
+from labkit.training.data import to_signed
+from labkit.training.loop import Player, Recipe, Share
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """Weights of the terms, and the steps at which the later ones enter."""
+
+    perceptual: float = 0.5
+    kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
+    adversarial: float = 0.3
+    perceptual_from: int = 0
+    adversarial_from: int = 1500
+    full_from: int = 1000  # before, quarter-size crops: more and cheaper steps while everything is still coarse
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of about 30x30 pixels: (B, 3, H, W) -> (B, 1, H/8, W/8); high for real."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.GroupNorm(8, 4 * width), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * width, 1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image)
+
+
+def perceptual(tower: ImageTower, x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared distance of channel-normalised features over the tower's maps: ()."""
+    fx, fy = tower.features(x), tower.features(y)
+    return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).pow(2).sum(1).mean() for a, b in zip(fx, fy)) / len(fx)
+
+
+class Reconstruction(nn.Module):
+    """The autoencoder's objective. Leaves its reconstruction in the batch for the discriminator."""
+
+    def __init__(self, vae: VAE, tower: ImageTower, discriminator: PatchDiscriminator, loss: VAELoss) -> None:
+        super().__init__()
+        self.vae, self.weights = vae, loss
+        self.helpers = [tower, discriminator]  # in a list, so that they are not this module's parameters
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        x, w, step = batch["image"], self.weights, batch["step"]
+        tower, discriminator = self.helpers
+        q = self.vae.encode(x)
+        y = batch["reconstruction"] = self.vae.decode(q.sample(batch["noise"]))  # (B, 3, H, W)
+        l1, kl = F.l1_loss(y, x), q.kl().sum() / x.numel()  # both per pixel value
+        out = {"l1": l1, "kl": kl}
+        loss = l1 + w.kl * kl
+        if step >= w.perceptual_from:
+            out["perceptual"] = perceptual(tower, x, y)
+            loss = loss + w.perceptual * out["perceptual"]
+        if step >= w.adversarial_from:
+            adversarial = -discriminator(y).mean()
+            last = self.vae.decoder.conv_out.weight
+            ratio = grad_norm(loss, last) / (grad_norm(adversarial, last) + 1e-4)
+            loss = loss + w.adversarial * ratio.clamp(0, 1e4) * adversarial
+            out["adversarial"] = adversarial
+        out["psnr"] = -10 * torch.log10(((y - x) / 2).pow(2).mean())
+        return {"loss": loss, **out}
+
+
+class Discrimination(nn.Module):
+    """The discriminator's objective: hinge loss on real and reconstructed pictures."""
+
+    def __init__(self, discriminator: PatchDiscriminator, start: int) -> None:
+        super().__init__()
+        self.discriminator, self.start = discriminator, start
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        real = self.discriminator(batch["image"])
+        fake = self.discriminator(batch["reconstruction"].detach())
+        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        return {"loss": loss if batch["step"] >= self.start else 0.0 * loss}  # its weights rest until its time
+
+
+def grad_norm(loss: Tensor, weight: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, weight, retain_graph=True)[0].norm().detach()
+
+
+def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAELoss()) -> Recipe:
+    """Pictures (N, 128, 128, 3) uint8; the last 8 are kept for the sheet of reconstructions."""
+    discriminator = PatchDiscriminator()
+    tower.eval().requires_grad_(False)
+
+    def batch(step: int, share: Share) -> dict:
+        g = share.generator(step)
+        index = torch.randint(len(images) - 8, (share.batch_size,), generator=g)
+        size, full = (images.shape[1], True) if step >= loss.full_from else (images.shape[1] // 2, False)
+        top, left = torch.randint(images.shape[1] - size + 1, (2,), generator=g).tolist() if not full else (0, 0)
+        noise = torch.randn(share.batch_size, vae.config.latent_channels, size // vae.config.factor, size // vae.config.factor, generator=g)
+        rows = images[share.mine(index).cpu().numpy(), top : top + size, left : left + size]
+        return {"image": to_signed(rows).to(share.device), "noise": share.mine(noise), "step": step}
+
+    def sheet(modules: dict[str, nn.Module]) -> object:
+        from labkit.training.data import contact_sheet
+
+        x = to_signed(images[-8:])
+        device = next(modules["vae"].parameters()).device
+        with torch.no_grad():
+            y = modules["vae"].decode(modules["vae"].encode(x.to(device)).mean).cpu()
+        return contact_sheet(torch.cat([x, y]), columns=8)
+
+    tower_device = Reconstruction(vae, tower, discriminator, loss)
+    return Recipe([
+        Player("vae", tower_device, {"vae": vae}),
+        Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9)),
+    ], batch, sheet)
+
+
+@torch.no_grad()
+def scale_factor(vae: VAE, images: np.ndarray, batch_size: int = 16) -> float:
+    """1 / standard deviation of the sampled latents over the pictures (LDM, appendix G), so that the diffusion sees unit variance."""
+    device, n, total, squares = next(vae.parameters()).device, 0, 0.0, 0.0
+    for i in range(0, len(images), batch_size):
+        q = vae.encode(to_signed(images[i : i + batch_size]).to(device))
+        n, total, squares = n + q.mean.numel(), total + q.mean.double().sum(), squares + (q.mean.double() ** 2 + q.logvar.double().exp()).sum()
+    return float(((squares / n) - (total / n) ** 2) ** -0.5)
