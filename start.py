@@ -11,7 +11,7 @@ needs no network.
     LABKIT_TORCH_INDEX   a further package index to take torch from, say one with builds for your GPU or for CPUs only
     LABKIT_EXTRAS        further extras of pyproject.toml to install, such as "browser" (for the browser test)
 """
-# Kept to the syntax of old Pythons down to the version check, so that they get a sentence and not a SyntaxError.
+# Kept to the syntax of Python 3.6, so that an old Python gets a sentence and not a SyntaxError.
 import contextlib
 import hashlib
 import json
@@ -45,8 +45,8 @@ def say(text):
 def check_python():
     """Refuse a Python or a machine for which there is no torch to install."""
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        raise Stop("this is Python %d.%d, the lab needs 3.%d to 3.%d: install one and run start.py with it."
-                   % (sys.version_info[0], sys.version_info[1], OLDEST[1], NEWEST[1]))
+        raise Stop(f"this is Python {sys.version_info[0]}.{sys.version_info[1]}, the lab needs 3.{OLDEST[1]} to "
+                   f"3.{NEWEST[1]}: install one and run start.py with it.")
     if sys.maxsize < 2**32:
         raise Stop("this is a 32-bit Python and PyTorch has no builds for it: install a 64-bit one.")
     if platform.system() == "Darwin" and platform.machine() == "x86_64":
@@ -125,7 +125,7 @@ def reason_to_rebuild(have, want):
     if answer.returncode:
         return "its Python or its pip does not work"
     there, here = answer.stdout.decode().strip(), want["python"]
-    return None if there == here else "it was made by Python %s, this is %s" % (there, here)
+    return None if there == here else f"it was made by Python {there}, this is {here}"
 
 
 def remove_venv():
@@ -137,14 +137,14 @@ def remove_venv():
         else:
             shutil.rmtree(VENV)
     except OSError as error:
-        raise Stop("cannot remove .venv (%s): close what uses it, delete it by hand, run again." % error.strerror)
+        raise Stop(f"cannot remove .venv ({error.strerror}): close what uses it, delete it by hand, run again.")
 
 
 def step(arguments, problem):
     """Run a step of the set-up in ROOT; its output goes to the terminal, a failure becomes one line."""
     code = subprocess.call(arguments, cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL)
     if code:
-        raise Stop("%s (exit code %d, details above)." % (problem, code))
+        raise Stop(f"{problem} (exit code {code}, details above).")
 
 
 def install(extras, torch_index):
@@ -152,15 +152,15 @@ def install(extras, torch_index):
     command = [venv_python(), "-m", "pip", "install", "--progress-bar=off", "-c", "constraints.txt"]
     if torch_index:
         command += ["--extra-index-url", torch_index]
-    command += ["-e", ".[%s]" % ",".join(sorted(extras))]
-    pip = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    with pip:
+    command += ["-e", f".[{','.join(sorted(extras))}]"]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE) as pip:
         for line in pip.stdout:  # of pip's hundreds of lines, the few that say why it takes long
             line = line.decode("utf-8", "replace").strip()
             if re.match(r"Downloading .*\((\d{2,}(\.\d+)? MB|.* GB)\)", line):
                 print("    " + line, flush=True)
             elif line.startswith("Installing collected packages"):
-                print("    Installing %d packages" % (line.count(",") + 1), flush=True)
+                print(f"    Installing {line.count(',') + 1} packages", flush=True)
     return pip.returncode
 
 
@@ -170,15 +170,15 @@ def build(want):
     if os.path.lexists(VENV):
         reason = reason_to_rebuild(have, want)
         if reason:
-            say("making .venv anew: %s." % reason)
+            say(f"making .venv anew: {reason}.")
             remove_venv()
             have = {}
     if not os.path.lexists(VENV):
         free = shutil.disk_usage(ROOT).free / 1e9
         if free < GIGABYTES:
-            raise Stop("%.1f GB free on this disk, the set-up needs %d: make room and run again." % (free, GIGABYTES))
-        say("making .venv with Python %s" % want["python"])
-        step([sys.executable, "-m", "venv", VENV], "cannot make .venv: on Debian and Ubuntu install python3-venv first")
+            raise Stop(f"{free:.1f} GB free on this disk, the set-up needs {GIGABYTES}: make room and run again.")
+        say(f"making .venv with Python {want['python']}")
+        step([sys.executable, "-m", "venv", VENV], "cannot make .venv: on Debian and Ubuntu install python3-venv")
 
     if os.path.exists(STAMP):
         os.remove(STAMP)
@@ -239,7 +239,7 @@ def set_up():
             if not ready():  # another start.py may have done it while this one waited
                 build(want)
     except PermissionError as error:
-        raise Stop("cannot write %s: copy the project to a folder of your own." % error.filename)
+        raise Stop(f"cannot write {error.filename}: copy the project to a folder of your own.")
     say("set up")
 
 
@@ -263,15 +263,15 @@ def foreground(command, env):
 def open_lab():
     """JupyterLab on the first notebook: this machine only, token kept, nothing asked of the network."""
     if not os.path.exists(notebook_path()):
-        raise Stop("notebooks/%s.ipynb is missing: get the project again." % NOTEBOOK)
+        raise Stop(f"notebooks/{NOTEBOOK}.ipynb is missing: get the project again.")
     say("opening JupyterLab; to stop it, press Ctrl+C here and answer y")
     code = foreground(
         [venv_python(), "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=" + ROOT,
-         "--LabApp.default_url=/lab/tree/notebooks/%s.ipynb" % NOTEBOOK, "--LabApp.news_url=None",
+         f"--LabApp.default_url=/lab/tree/notebooks/{NOTEBOOK}.ipynb", "--LabApp.news_url=None",
          "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
         clean_environment())
     if code > 0:
-        raise Stop("JupyterLab ended with exit code %d (details above)." % code)
+        raise Stop(f"JupyterLab ended with exit code {code} (details above).")
     return 0
 
 
@@ -285,10 +285,10 @@ def run_tests(arguments):
 def run_headless():
     """Run the first notebook and leave it as one HTML page, its figures inside; nothing is written on failure."""
     if not os.path.exists(notebook_path()):
-        raise Stop("notebooks/%s.ipynb is missing: get the project again." % NOTEBOOK)
+        raise Stop(f"notebooks/{NOTEBOOK}.ipynb is missing: get the project again.")
     out = os.path.join(ROOT, "out")
     os.makedirs(out, exist_ok=True)
-    say("running notebooks/%s.ipynb (about a minute)" % NOTEBOOK)
+    say(f"running notebooks/{NOTEBOOK}.ipynb (about a minute)")
     done = subprocess.run(
         [venv_python(), "-m", "nbconvert", "--execute", "--to", "html", "--output-dir", out, notebook_path(),
          # A page with saved widgets fetches their code from the network and, offline, shows nothing at all.
@@ -307,8 +307,8 @@ def main(arguments):
         print(__doc__)
         return 0
     if not (arguments in ([], ["--headless"]) or arguments[0] == "test"):
-        raise Stop("unknown argument %r; there are `start.py`, `start.py test [pytest arguments]` and "
-                   "`start.py --headless`." % arguments[0])
+        raise Stop(f"cannot do {' '.join(arguments)!r}: there are `start.py`, `start.py test [pytest arguments]` and "
+                   "`start.py --headless`.")
     set_up()
     if not arguments:
         return open_lab()
