@@ -11,6 +11,7 @@ import pytest
 import torch
 from labkit import checkpoint
 from labkit.checkpoint import Parts, load_pipeline, resolve, save_pipeline, verify_sums, write_sums
+from labkit.diffusion import LatentDiffusion
 from labkit.errors import CheckpointError
 from labkit.guidance import classifier_free
 from labkit.models import formats, sources
@@ -91,6 +92,15 @@ def test_weights_are_saved_under_the_names_of_published_files(saved):
     assert sorted(p.name for p in saved.iterdir()) == sorted(
         ["labkit.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
     )
+
+
+def test_a_seed_means_the_same_picture_in_diffusers(tiny, theirs, tmp_path):
+    lab = LatentDiffusion(**vars(load_pipeline(save_pipeline(LatentDiffusion(**vars(tiny)), tmp_path / "lab"))))
+    ours = lab.generate(["a red ball", "a blue cube"], steps=3, guidance=5.0, seed=[0, 7], height=16, width=16, progress=False).latents
+    theirs.set_progress_bar_config(disable=True)
+    streams = [torch.Generator().manual_seed(s) for s in (0, 7)]
+    call = dict(num_inference_steps=3, guidance_scale=5.0, height=16, width=16, output_type="latent")
+    torch.testing.assert_close(ours, theirs(["a red ball", "a blue cube"], generator=streams, **call).images, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -327,6 +337,25 @@ def test_integer_weights(folder):
     fails(folder, "conv_in.bias", "float8_e4m3fn")
 
 
+def test_weights_that_are_no_numbers(folder):
+    change_weights(folder / UNET_FILE, lambda t: t["conv_in.weight"].view(-1)[3:4].fill_(float("nan")))
+    fails(folder, "conv_in.weight holds NaN or infinity")
+    change_weights(folder / UNET_FILE, lambda t: t["conv_in.weight"].view(-1)[3:4].fill_(1e5))
+    load_pipeline(folder)
+    with pytest.raises(CheckpointError, match="conv_in.weight holds NaN or infinity as torch.float16"):
+        load_pipeline(folder, dtype=torch.float16)
+
+
+def test_a_loaded_model_does_not_depend_on_its_files(tiny, folder):
+    parts = load_pipeline(folder)
+    data = (folder / UNET_FILE).read_bytes()
+    (folder / UNET_FILE).write_bytes(bytes(len(data)))  # in place
+    same_weights(parts.unet, tiny.unet.state_dict())
+    with torch.no_grad():
+        parts.unet.conv_in.weight.zero_()
+    assert (folder / UNET_FILE).read_bytes() == bytes(len(data))
+
+
 def test_the_original_one_file_layout_is_recognised(folder):
     path = folder / UNET_FILE
     save_file({f"model.diffusion_model.{n}": t for n, t in load_file(path).items()}, path)
@@ -405,7 +434,7 @@ def test_a_shard_is_missing_or_lies_elsewhere(theirs, tmp_path):
 # --- names and the hub --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tabletopp", "no/such/folder/anywhere", "./nothing", "data/nothing", "", "  ", None, 7, "C:\\models\\x"])
+@pytest.mark.parametrize("name", ["tabletopp", "no/such/folder/anywhere", "./nothing", "data/nothing", "", "  ", None, 7, "C:\\models\\x", "x" * 5000])
 def test_unknown_names_list_what_is_possible(name, monkeypatch, tmp_path):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from labkit.errors import CheckpointError, LabkitError
 from labkit.models.tokenizer import BOS, END, EOS, WORDS, Tokenizer, build_vocabulary, byte_alphabet, normalise
+from labkit.scenes import captions
 
 transformers = pytest.importorskip("transformers")
 
@@ -201,6 +202,15 @@ def test_every_word_of_a_built_vocabulary_is_one_token(tabletop):
         assert tabletop.tokenize(word).pieces == (word + END,)
     assert list(tabletop.vocab)[-2:] == [BOS, EOS] and list(tabletop.vocab.values()) == list(range(len(tabletop)))
     assert tabletop.vocab["!"] == 0 and tabletop.vocab["!</w>"] == 256
+
+
+def test_the_words_of_the_tabletop_world_are_one_token_each():
+    words = captions.vocabulary()
+    vocab, merges = build_vocabulary(words)
+    tok = Tokenizer(vocab, merges)
+    assert len(tok) < 1024 and all(tok.tokenize(w).pieces == (w + END,) for w in words)
+    caption = "two large red metal spheres left of a small blue cube, at night"
+    assert tok.decode(tok(caption)[0]).replace(" ,", ",") == caption and len(tok.encode(caption)) == len(caption.replace(",", " ,").split()) + 2
 
 
 def test_words_whose_merges_could_break_each_other():
