@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from labkit.device import Noise
 from labkit.guidance import classifier_free
 from labkit.models.clip import CLIPText
+from labkit.models.layers import ResnetBlock, SpatialTransformer
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
 from labkit.samplers import ddim
@@ -44,6 +45,19 @@ class NoisePrediction(nn.Module):
         error = (self.unet(x_t, t, batch["c"]) - eps).pow(2).flatten(1).mean(1)  # (B,)
         late = (t >= self.schedule.config.num_train_timesteps // 2).float()
         return {"loss": error.mean(), "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
+
+
+@torch.no_grad()
+def start_quiet(unet: UNet) -> UNet:
+    """Zero the last layer of every residual branch and of the network, so that it starts as identity and guesses no noise.
+
+    Makes the first thousand steps count; from ADM (Dhariwal & Nichol 2021) on everybody does it.
+    """
+    last = [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock)] + [m.proj_out for m in unet.modules() if isinstance(m, SpatialTransformer)]
+    for layer in (*last, unet.conv_out):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    return unet
 
 
 @torch.no_grad()
@@ -79,12 +93,13 @@ def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, T
 
     def batch(step: int, share: Share) -> dict:
         g, n = share.generator(step), share.batch_size
-        index = share.mine(torch.randint(len(scenes), (n,), generator=g)).cpu()
+        everyone = torch.randint(len(scenes), (n,), generator=g)
+        index = share.mine(everyone).cpu()
         t = share.mine(torch.randint(config.num_train_timesteps, (n,), generator=g))
         posterior, eps = (share.mine(torch.randn(n, *latents["mean"].shape[1:], generator=g)) for _ in range(2))
         dropped = share.mine(torch.rand(n, generator=g) < DROPOUT).tolist()
-        rng = np.random.default_rng([share.seed, step, share.rank])
-        words = ["" if drop else w for drop, w in zip(dropped, captions([scenes[i] for i in index.tolist()], rng))]
+        spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]))
+        words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
         x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
         return {"x0": x0, "t": t, "eps": eps, "c": encode(words, share.device)}
 

@@ -37,9 +37,9 @@ class Preset:
     world: World = World()
     pictures: int = 11_000
     clip: LoopConfig = LoopConfig(steps=1200, batch_size=64, lr=1e-3, warmup=100)
-    vae: LoopConfig = LoopConfig(steps=6000, batch_size=8, lr=1e-3, ema_decay=0.998)
+    vae: LoopConfig = LoopConfig(steps=2000, batch_size=3, lr=1e-3, ema_decay=0.998)
     vae_loss: VAELoss = VAELoss()
-    diffusion: LoopConfig = LoopConfig(steps=4000, batch_size=32, lr=1e-3, warmup=300)
+    diffusion: LoopConfig = LoopConfig(steps=4000, batch_size=32, lr=8e-4, warmup=200)
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
@@ -88,7 +88,7 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     tokenizer, autoencoder = build_tokenizer(), take(folder / "vae", vae=VAE(preset.vae_config))[0]
     text = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0]
     latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
-    recipe = diffusion.recipe(UNet(preset.unet_config), text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
+    recipe = diffusion.recipe(diffusion.start_quiet(UNet(preset.unet_config)), text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
     run(recipe, preset.diffusion, folder / "diffusion", device)
 
 

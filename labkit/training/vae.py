@@ -1,6 +1,6 @@
 """Training of the KL autoencoder: reconstruct, look alike, fool a discriminator, stay near a unit Gaussian.
 
-    L = |x - x^| + a P(x, x^) + b KL(q(z|x) || N(0, I)) + c lambda L_adv            LDM (Rombach et al. 2022), section 3.1 and appendix G
+    L = |x - x^| + 4 |x - x^|^2 + a P(x, x^) + b KL(q(z|x) || N(0, I)) + c lambda L_adv            LDM (Rombach et al. 2022), section 3.1 and appendix G
     lambda = |grad_W (rec)| / |grad_W (adv)|,  W the decoder's last layer            VQGAN (Esser et al. 2021), eq. 7
 
 P compares normalised features of the image tower (what LPIPS does with VGG's). The discriminator judges patches (Isola et al.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labkit.models.tower import ImageTower
 from labkit.models.vae import VAE
-from labkit.training.data import to_signed
+from labkit.training.data import contact_sheet, to_signed
 from labkit.training.loop import Player, Recipe, Share
 
 
@@ -23,12 +23,13 @@ from labkit.training.loop import Player, Recipe, Share
 class VAELoss:
     """Weights of the terms, and the steps at which the later ones enter."""
 
+    squared: float = 4.0  # squared beside absolute error: rare strong colours are learnt much sooner
     perceptual: float = 0.5
     kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
-    adversarial: float = 0.3
-    perceptual_from: int = 0
+    adversarial: float = 0.1
+    perceptual_from: int = 1200
     adversarial_from: int = 1500
-    full_from: int = 1000  # before, quarter-size crops: more and cheaper steps while everything is still coarse
+    full_from: int = 1000  # before, four times as many crops of a quarter of the picture: more to see while all is coarse
 
 
 class PatchDiscriminator(nn.Module):
@@ -65,11 +66,11 @@ class Reconstruction(nn.Module):
         tower, discriminator = self.helpers
         q = self.vae.encode(x)
         y = batch["reconstruction"] = self.vae.decode(q.sample(batch["noise"]))  # (B, 3, H, W)
-        l1, kl = F.l1_loss(y, x), q.kl().sum() / x.numel()  # both per pixel value
-        out = {"l1": l1, "kl": kl}
-        loss = l1 + w.kl * kl
+        l1, l2, kl = F.l1_loss(y, x), F.mse_loss(y, x), q.kl().sum() / x.numel()  # all per pixel value
+        out = {"l1": l1, "kl": kl, "psnr": -10 * torch.log10(l2.detach() / 4)}
+        loss = l1 + w.squared * l2 + w.kl * kl
         if step >= w.perceptual_from:
-            out["perceptual"] = perceptual(tower, x, y)
+            out["perceptual"] = perceptual(tower.to(x.device), x, y)
             loss = loss + w.perceptual * out["perceptual"]
         if step >= w.adversarial_from:
             adversarial = -discriminator(y).mean()
@@ -77,7 +78,6 @@ class Reconstruction(nn.Module):
             ratio = grad_norm(loss, last) / (grad_norm(adversarial, last) + 1e-4)
             loss = loss + w.adversarial * ratio.clamp(0, 1e4) * adversarial
             out["adversarial"] = adversarial
-        out["psnr"] = -10 * torch.log10(((y - x) / 2).pow(2).mean())
         return {"loss": loss, **out}
 
 
@@ -106,25 +106,23 @@ def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAEL
 
     def batch(step: int, share: Share) -> dict:
         g = share.generator(step)
-        index = torch.randint(len(images) - 8, (share.batch_size,), generator=g)
-        size, full = (images.shape[1], True) if step >= loss.full_from else (images.shape[1] // 2, False)
-        top, left = torch.randint(images.shape[1] - size + 1, (2,), generator=g).tolist() if not full else (0, 0)
-        noise = torch.randn(share.batch_size, vae.config.latent_channels, size // vae.config.factor, size // vae.config.factor, generator=g)
+        full, side = step >= loss.full_from, images.shape[1]
+        n, size = (share.batch_size, side) if full else (4 * share.batch_size, side // 2)
+        index = torch.randint(len(images) - 8, (n,), generator=g)
+        top, left = torch.randint(side - size + 1, (2,), generator=g).tolist()
+        noise = torch.randn(n, vae.config.latent_channels, size // vae.config.factor, size // vae.config.factor, generator=g)
         rows = images[share.mine(index).cpu().numpy(), top : top + size, left : left + size]
         return {"image": to_signed(rows).to(share.device), "noise": share.mine(noise), "step": step}
 
     def sheet(modules: dict[str, nn.Module]) -> object:
-        from labkit.training.data import contact_sheet
-
         x = to_signed(images[-8:])
         device = next(modules["vae"].parameters()).device
         with torch.no_grad():
             y = modules["vae"].decode(modules["vae"].encode(x.to(device)).mean).cpu()
         return contact_sheet(torch.cat([x, y]), columns=8)
 
-    tower_device = Reconstruction(vae, tower, discriminator, loss)
     return Recipe([
-        Player("vae", tower_device, {"vae": vae}),
+        Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}),
         Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9)),
     ], batch, sheet)
 
