@@ -24,11 +24,11 @@ class VAELoss:
     """Weights of the terms, and the steps at which the later ones enter."""
 
     squared: float = 4.0  # squared beside absolute error: rare strong colours are learnt much sooner
-    perceptual: float = 0.5
+    perceptual: float = 2.0
     kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
     adversarial: float = 0.1
     perceptual_from: int = 1200
-    adversarial_from: int = 1500
+    adversarial_from: int = 3500
     full_from: int = 1000  # before, four times as many crops of a quarter of the picture: more to see while all is coarse
 
 
@@ -64,6 +64,7 @@ class Reconstruction(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         x, w, step = batch["image"], self.weights, batch["step"]
         tower, discriminator = self.helpers
+        discriminator.requires_grad_(False)  # it learns in its own turn
         q = self.vae.encode(x)
         y = batch["reconstruction"] = self.vae.decode(q.sample(batch["noise"]))  # (B, 3, H, W)
         l1, l2, kl = F.l1_loss(y, x), F.mse_loss(y, x), q.kl().sum() / x.numel()  # all per pixel value
@@ -89,6 +90,7 @@ class Discrimination(nn.Module):
         self.discriminator, self.start = discriminator, start
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
+        self.discriminator.requires_grad_(True)
         real = self.discriminator(batch["image"])
         fake = self.discriminator(batch["reconstruction"].detach())
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
