@@ -37,7 +37,7 @@ class Preset:
     world: World = World()
     pictures: int = 11_000
     clip: LoopConfig = LoopConfig(steps=1200, batch_size=64, lr=1e-3, warmup=100)
-    vae: LoopConfig = LoopConfig(steps=3800, batch_size=4, lr=1e-3, ema_decay=0.998)
+    vae: LoopConfig = LoopConfig(steps=3800, batch_size=4, lr=1e-3, cooldown=0.4, ema_decay=0.998)
     vae_loss: VAELoss = VAELoss()
     diffusion: LoopConfig = LoopConfig(steps=4000, batch_size=32, lr=8e-4, warmup=200)
     unet_config: UNetConfig = TABLETOP_UNET
