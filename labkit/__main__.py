@@ -1,0 +1,210 @@
+"""labkit on the command line: draw, train, evaluate, look at a model.
+
+    python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
+    python -m labkit train clip|vae|diffusion|all
+    python -m labkit evaluate [MODEL]
+    python -m labkit info [MODEL]
+
+Bad input is one line on stderr and exit code 2, an interrupt is 130. `generate` writes all of its files or none: they
+are made in a folder beside their places and moved there when the last one is complete.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+import uuid
+from io import BytesIO
+from pathlib import Path
+
+import labkit
+from labkit.errors import LabkitError
+
+SCALES = (1.0, 2.0, 4.0, 8.0)  # of the guidance figure
+SEEDS = 3  # rows of the guidance figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        arguments = parser().parse_args(argv)
+        arguments.run(arguments)
+        return 0
+    except LabkitError as error:
+        print(f"labkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("labkit: stopped", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options; a new command is one more `command(...)` and a function of its arguments."""
+    top = argparse.ArgumentParser("python -m labkit", description="A lab for latent diffusion models.")
+    top.add_argument("--version", action="version", version=f"labkit {labkit.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    top.error = said("python -m labkit -h")
+
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        it = commands.add_parser(name, help=about, description=about)
+        it.error = said(f"python -m labkit {name} -h")
+        it.set_defaults(run=run)
+        return it
+
+    it = command("generate", generate, "Draw a picture of a sentence, and three figures that say how it came about.")
+    it.add_argument("prompt", nargs="+", help="what to draw")
+    model_options(it, "--model")
+    it.add_argument("--seed", type=int, default=0, help="where the noise comes from (default 0)")
+    it.add_argument("--steps", type=int, help="sampling steps (default: the model's own)")
+    it.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the model's own)")
+    it.add_argument("--negative", default="", metavar="PROMPT", help="what the picture is to keep away from")
+    it.add_argument("--width", type=int, help="pixels")
+    it.add_argument("--height", type=int, help="pixels")
+    it.add_argument("--sampler", help="ddim or ddpm (default: the model's own)")
+    it.add_argument("--out", default="out", metavar="DIR", help="where the files go (default: out)")
+    it.add_argument("--no-figures", action="store_true", help="write the picture and its recipe only")
+
+    it = command("train", train, "Train one part of the tabletop model, or all of it, going on where a run stopped.")
+    it.add_argument("stage", choices=("clip", "vae", "diffusion", "all"))
+    it.add_argument("--preset", default="tabletop", help="tabletop, or smoke to see the machinery work in minutes")
+    it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
+    it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+
+    it = command("evaluate", evaluate, "Count how often the model draws what it is told, and measure its autoencoder.")
+    model_options(it, "model")
+    it.add_argument("--prompts", type=int, default=100, help="how many (default 100)")
+    it.add_argument("--seed", type=int, default=0)
+    it.add_argument("--steps", type=int)
+    it.add_argument("--guidance", type=float, metavar="W")
+    it.add_argument("--out", metavar="DIR", help="also write the figures and contact sheets there")
+
+    it = command("info", info, "Say what a model is made of.")
+    model_options(it, "model")
+    return top
+
+
+def model_options(it: argparse.ArgumentParser, name: str) -> None:
+    optional = {} if name.startswith("-") else {"nargs": "?"}
+    it.add_argument(name, default="tabletop", **optional, help="tabletop (default), a folder, or a hub id")
+    it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+
+
+def said(where: str):
+    """What argparse calls on bad arguments: one line, like all our errors."""
+
+    def error(message: str) -> None:
+        raise LabkitError(f"{message}; see {where}")
+
+    return error
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+def generate(a: argparse.Namespace) -> None:
+    """image.png and recipe.json, and of the same generation words.png and trajectory.png; guidance.png beside it."""
+    from labkit.probes.record import record
+    from labkit.probes.sweep import sweep_guidance
+    from labkit.probes.trajectory import decode_trajectory
+
+    folder = Path(a.out)
+    check_writable(folder)  # before the work, not after it
+    lab = labkit.load(a.model, a.device)
+    prompt, progress = " ".join(a.prompt), sys.stderr.isatty()
+    options = {"steps": a.steps, "negative_prompt": a.negative, "height": a.height, "width": a.width, "sampler": a.sampler}
+    arguments = {"guidance": a.guidance, "seed": a.seed, **options}
+    files = {}
+    if a.no_figures:
+        drawn = lab.generate(prompt, progress=progress, **arguments)
+    else:
+        from labkit import plots
+
+        with record(lab, latents=True) as trace:
+            drawn = lab.generate(prompt, progress=progress, **arguments)
+        quoted, branch = f"“{plots.plain(prompt)}”", "cond" if "cond" in trace.branches else "uncond"
+        if heatmaps := trace.heatmaps(branch=branch):  # without guidance for it (w = 0), the prompt is not looked at
+            files["words.png"] = plots.png(plots.word_heatmaps(drawn.image, heatmaps, f"{quoted}: where each word had the attention"))
+        way = decode_trajectory(lab, trace.steps)
+        files["trajectory.png"] = plots.png(plots.trajectory(way.x_t, way.x0, way.t, f"{quoted}: from noise to picture"))
+        seeds = [(a.seed + k) % 2**64 for k in range(SEEDS)]
+        sweep = sweep_guidance(lab, prompt, SCALES, seeds, progress=progress, **options)
+        files["guidance.png"] = plots.png(plots.guidance_sweep(sweep.images, sweep.scales, sweep.seeds, f"{quoted}: the guidance scale $w$"))
+    drawn.image.save(image := BytesIO(), "PNG")
+    recipe = {"labkit": labkit.__version__, "model": a.model, "recipe": drawn.recipe}
+    files = {"image.png": image.getvalue(), **files, "recipe.json": (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()}
+    write_all(folder, files)
+    print(f"{', '.join(files)} are in {folder}")
+
+
+def train(a: argparse.Namespace) -> None:
+    from labkit.training.tabletop import PRESETS
+    from labkit.training.tabletop import train as train_stage
+
+    if a.preset not in PRESETS:
+        raise LabkitError(f"Unknown preset {a.preset!r}: use one of {', '.join(PRESETS)}.")
+    train_stage(a.stage, Path(a.folder or Path("runs") / a.preset), PRESETS[a.preset], a.device)
+
+
+def evaluate(a: argparse.Namespace) -> None:
+    from labkit.training.evaluate import evaluate as measure
+
+    if a.out:
+        check_writable(Path(a.out))
+    measure(labkit.load(a.model, a.device), a.out, prompts=a.prompts, seed=a.seed, guidance=a.guidance, steps=a.steps)
+
+
+def info(a: argparse.Namespace) -> None:
+    lab = labkit.load(a.model, a.device)
+    schedule, side = lab.schedule_config, lab.unet.config.sample_size * lab.vae.config.factor
+    print(f"{lab.name}: {side} x {side} pixels, {lab.vae.config.factor} pixels a latent, {lab.dtype} on {lab.device}")
+    for part in ("text_encoder", "unet", "vae"):
+        network = getattr(lab, part)
+        print(f"  {part:13} {sum(p.numel() for p in network.parameters()):>13,} parameters")
+    print(f"  {'tokenizer':13} {len(lab.tokenizer):>13,} tokens, {lab.tokenizer.max_length} a prompt, start and end included")
+    print(f"  {'schedule':13} {schedule.beta_schedule}, {schedule.num_train_timesteps} timesteps, predicts {schedule.prediction_type}")
+    print(f"  {'defaults':13} {', '.join(f'{key} {value}' for key, value in lab.defaults.items())}")
+    if lab.vocabulary:
+        print(textwrap.fill(f"knows {len(lab.vocabulary)} words: {' '.join(sorted(lab.vocabulary))}", 100, initial_indent="  ", subsequent_indent="    "))
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def check_writable(folder: Path) -> None:
+    """Raise LabkitError unless files can be put into this folder, or into one that would be made for it."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise LabkitError(f"{there}: is a file, not a folder; choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise LabkitError(f"{there}: cannot be written to; choose another --out.")
+
+
+def write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Put files into a folder, all complete or none at all. Raises LabkitError where that cannot be."""
+    unfinished = folder / f".unfinished-{uuid.uuid4().hex[:8]}"
+    made = [p for p in (folder, *folder.parents) if not p.exists()]  # innermost first
+    try:
+        unfinished.mkdir(parents=True)
+        for name, content in files.items():
+            (unfinished / name).write_bytes(content)
+        for name in files:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(0, f"{name} is a folder there")
+        for name in files:
+            os.replace(unfinished / name, folder / name)
+        made = []
+    except OSError as error:
+        raise LabkitError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out.") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for p in made:
+            try:
+                p.rmdir()
+            except OSError:
+                break
+
+
+if __name__ == "__main__":
+    sys.exit(main())
