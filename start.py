@@ -192,9 +192,15 @@ def build(want):
     if code >= 0:  # pip came to an end, good or bad; a negative code is the signal that ended it
         os.remove(UNFINISHED)
     if code:
-        raise Stop("the packages could not be installed (details above): check network and disk space, run again.")
+        raise Stop(f"pip could not install the packages (exit code {code}, details above): check network and disk "
+                   "space, run again.")
     step([venv_python(), "-c", "import torch, labkit, jupyterlab, nbval"],
         "the packages are installed but do not load; on Windows, PyTorch needs the Visual C++ redistributable")
+    settings = os.path.join(VENV, "share", "jupyter", "lab", "settings")
+    os.makedirs(settings, exist_ok=True)
+    with open(os.path.join(settings, "overrides.json"), "w", encoding="utf-8") as file:
+        # JupyterLab would ask every newcomer whether it may fetch news.
+        json.dump({"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}, file)
     with open(STAMP, "w", encoding="utf-8") as file:
         json.dump(want, file, indent=1)
 
@@ -267,8 +273,7 @@ def open_lab():
     say("opening JupyterLab; to stop it, press Ctrl+C here and answer y")
     code = foreground(
         [venv_python(), "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=" + ROOT,
-         f"--LabApp.default_url=/lab/tree/notebooks/{NOTEBOOK}.ipynb", "--LabApp.news_url=None",
-         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+         f"--LabApp.default_url=/lab/tree/notebooks/{NOTEBOOK}.ipynb"],
         clean_environment())
     if code > 0:
         raise Stop(f"JupyterLab ended with exit code {code} (details above).")
