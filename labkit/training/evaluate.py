@@ -28,6 +28,7 @@ PAIRS = tuple((colour, shape) for shape in SHAPES for colour in COLOURS if (colo
 # The plain form first, once with every pair; the others in turn on the way through the pairs a second time, and so on.
 FORMS = ("a {colour} {shape}", "a {size} {colour} {shape}", "a {colour} {material} {shape}", "a {colour} {name} on a {table} table", "a photo of a {colour} {shape} at {time}")
 BATCH = 25
+RENDERS = Path(__file__).parents[2] / "runs" / "tabletop" / "data"  # made there if they are not there yet
 
 
 def one_object_prompts(count: int = 100) -> list[dict[str, str]]:
@@ -56,10 +57,10 @@ def _worded(form: str, colour: str, shape: str, i: int) -> dict[str, str]:
 def evaluate(lab, out=None, prompts: int = 100, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options) -> dict:
     """Draw, reconstruct, count; the figures as a dict, printed, and with `out` also written: evaluation.json and contact sheets.
 
-    lab: a LatentDiffusion. Options: `pictures` (test renders to reconstruct, 500), `data` (where renders are kept,
-    runs/tabletop/data), `held_out` (prompts of purple cones, 20), `quiet` (no table, no progress). Raises LabkitError.
+    lab: a LatentDiffusion. Options: `pictures` (test renders to reconstruct, 500), `data` (where renders are kept, the
+    project's runs/tabletop/data), `held_out` (prompts of purple cones, 20), `quiet` (no table, no progress). Raises LabkitError.
     """
-    options = {"pictures": 500, "data": Path("runs/tabletop/data"), "held_out": 20, "quiet": False} | options
+    options = {"pictures": 500, "data": RENDERS, "held_out": 20, "quiet": False} | options
     if len(options) > 4 or prompts < 1 or options["pictures"] < 1 or options["held_out"] < 0:
         raise LabkitError("evaluate takes prompts >= 1 and the options pictures >= 1, data, held_out >= 0, quiet")
     if out is not None and Path(out).is_file():
@@ -191,23 +192,3 @@ def write(found: dict, drawn: list[dict], unseen: list[dict], out: Path) -> None
     sheet(drawn).save(out / "prompts.png")
     if unseen:
         sheet(unseen).save(out / "held-out.png")
-
-
-def main(args: list[str] | None = None, load=None) -> dict:
-    """The command `evaluate`; `load(name, device=)` opens the model (labkit.load)."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m labkit evaluate", description="Count how often a model draws what the prompt says.")
-    parser.add_argument("--model", default="tabletop", help="tabletop, a folder, or a hub id")
-    parser.add_argument("--out", help="folder for evaluation.json and the contact sheets")
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--pictures", type=int, default=500, help="test renders to reconstruct")
-    parser.add_argument("--data", type=Path, default=Path("runs/tabletop/data"), help="where renders are kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--device")
-    options = vars(parser.parse_args(args))
-    if load is None:
-        from labkit import load
-    return evaluate(load(options.pop("model"), device=options.pop("device")), **options)
