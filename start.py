@@ -271,8 +271,9 @@ def open_lab():
     if not os.path.exists(notebook_path()):
         raise Stop(f"notebooks/{NOTEBOOK}.ipynb is missing: get the project again.")
     say("opening JupyterLab; to stop it, press Ctrl+C here and answer y")
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # the rule inside containers
     code = foreground(
-        [venv_python(), "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=" + ROOT,
+        [venv_python(), "-m", "jupyterlab", *root, "--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=" + ROOT,
          f"--LabApp.default_url=/lab/tree/notebooks/{NOTEBOOK}.ipynb"],
         clean_environment())
     if code > 0:
