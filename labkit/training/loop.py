@@ -196,7 +196,7 @@ class State:
                 for k, v in average.items():
                     v.copy_(saved["ema"][name][k])
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]  # an empty file's error says nothing
             raise CheckpointError(f"{path} cannot be resumed from ({reason}); move it away to start afresh") from error
         return saved["step"]
 
