@@ -23,7 +23,7 @@ from labkit.scenes.verify import ATTRIBUTES, SIDE, WEIGHTS, Classifier, share, s
 from labkit.training.data import TEST_SEED, World, renders, scenes
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
 
-CONFIG = LoopConfig(steps=1000, batch_size=64, lr=3e-3, warmup=60, cooldown=0.7, weight_decay=0.05, ema_decay=0.99, save_every=50)
+CONFIG = LoopConfig(steps=2000, batch_size=64, lr=3e-3, warmup=60, cooldown=0.7, weight_decay=0.05, ema_decay=0.99, save_every=50)
 PICTURES, HELD_OUT, TEST = 11_000, 300, 1000  # scenes of the training world; purple cones, as many as of every other pair; scenes to test on
 HELD_OUT_TEST = 200  # purple cones to test on; theirs are the seeds from TEST_SEED on, the training ones come just before
 BLURS = (SIDE, 44, 30, 22)  # the side that pictures are brought down to and up again, one quarter of a batch each
