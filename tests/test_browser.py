@@ -80,7 +80,7 @@ def jupyterlab(folder: Path, state: Path):
     token = secrets.token_hex(16)
     env = os.environ | {f"JUPYTER_{name}_DIR": str(state / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     env |= {f"JUPYTERLAB_{name}_DIR": str(state / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
-    env |= {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     news = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false"}')  # else it asks whether it may
@@ -153,8 +153,9 @@ def run_all(page, address):
 
 
 def pictures(page) -> list[str]:
-    """The sources of the pictures that the notebook's widgets show."""
-    return [image.get_attribute("src") for image in page.locator(".jp-NotebookPanel .jupyter-widgets img").all()]
+    """The sources of the pictures that the notebook's widgets show; of those they hide, none."""
+    images = page.locator(".jp-NotebookPanel img.widget-image").all()
+    return [image.get_attribute("src") for image in images if image.is_visible()]
 
 
 def failed_cells(page) -> list[str]:
@@ -171,7 +172,8 @@ def move_slider_and_watch(page):
     before = wait_for(lambda: pictures(page), "a picture under the slider")
     value = slider.locator(".widget-readout").inner_text()
     handle.focus()
-    handle.press("ArrowRight")
+    at_its_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+    handle.press("ArrowLeft" if at_its_end else "ArrowRight")
     wait_for(lambda: slider.locator(".widget-readout").inner_text() != value, "the slider to move")
     wait_for(lambda: pictures(page) != before, "the picture to change")
     wait_for(lambda: idle(page), "the kernel to finish")
