@@ -12,6 +12,7 @@ what it shows in words, `figure.labkit_alt`, which `show` puts into the notebook
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +125,8 @@ def save(figure: "Figure", path: str | Path) -> Path:
 
 def png(figure: "Figure") -> bytes:
     """The figure as a PNG file's bytes, with its description as the file's Description."""
-    figure.savefig(file := BytesIO(), format="png", dpi=DPI, metadata={"Software": None, "Description": described(figure)})
+    metadata = {"Software": None, "Description": described(figure)}
+    figure.savefig(file := BytesIO(), format="png", dpi=DPI, metadata=metadata)
     return file.getvalue()
 
 
@@ -139,7 +141,8 @@ def write(path: str | Path, content: bytes) -> Path:
     except OSError as error:
         raise LabkitError(f"{path}: cannot be written ({error.strerror or error}); choose another place.") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
     return path
 
 
