@@ -1,7 +1,7 @@
 """labkit on the command line: draw, train, evaluate, look at a model.
 
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
-    python -m labkit train clip|vae|diffusion|all
+    python -m labkit train clip|vae|diffusion|verifier|all
     python -m labkit evaluate [MODEL]
     python -m labkit info [MODEL]
 
@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--out", default="out", metavar="DIR", help="where the files go (default: out)")
     it.add_argument("--no-figures", action="store_true", help="write the picture and its recipe only")
 
-    it = command("train", train, "Train one part of the tabletop model, or all of it, going on where a run stopped.")
-    it.add_argument("stage", choices=("clip", "vae", "diffusion", "all"))
+    it = command("train", train, "Train one part of the tabletop model, all of it, or the judge of its pictures, going on where a run stopped.")
+    it.add_argument("stage", choices=("clip", "vae", "diffusion", "verifier", "all"))
     it.add_argument("--preset", default="tabletop", help="tabletop, or smoke to see the machinery work in minutes")
     it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")

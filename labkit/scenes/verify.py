@@ -67,7 +67,7 @@ def load_classifier(folder: str | Path = WEIGHTS) -> Classifier:
         classifier.load_state_dict(state)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: the verifier cannot be opened ({reason}); fetch it again, or train it: python -m labkit train verifier") from error
+        raise CheckpointError(f"{folder}: the verifier cannot be opened ({reason}); fetch it again (git checkout)") from error
     return classifier.eval().requires_grad_(False)
 
 

@@ -21,7 +21,7 @@ from labkit.models.unet import UNet
 from labkit.models.vae import VAE
 from labkit.scenes.captions import vocabulary
 from labkit.schedule import ScheduleConfig
-from labkit.training import clip, diffusion
+from labkit.training import clip, diffusion, verifier
 from labkit.training import vae as autoencoding
 from labkit.training.vae import VAELoss
 from labkit.training.data import World, renders, scenes
@@ -39,7 +39,7 @@ class Preset:
     clip: LoopConfig = LoopConfig(steps=1200, batch_size=64, lr=1e-3, warmup=100)
     vae: LoopConfig = LoopConfig(steps=3800, batch_size=4, lr=1e-3, cooldown=0.4, ema_decay=0.998)
     vae_loss: VAELoss = VAELoss()
-    diffusion: LoopConfig = LoopConfig(steps=4000, batch_size=32, lr=8e-4, warmup=200)
+    diffusion: LoopConfig = LoopConfig(steps=3000, batch_size=32, lr=8e-4, cooldown=0.35)
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
@@ -60,10 +60,16 @@ PRESETS = {
 
 
 def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str | None = None) -> None:
-    """Train one stage, or "all" and then export, in `folder`; goes on where an earlier run stopped."""
-    if stage not in (*STAGES, "all"):
-        raise LabkitError(f"there is no training stage {stage!r}; choose from {', '.join(STAGES)} or all")
+    """Train one stage, or "all" three and then export, in `folder`; goes on where an earlier run stopped.
+
+    "verifier" trains the judge of pictures, which is no part of the model, and leaves it in folder/judge.
+    """
+    if stage not in (*STAGES, "verifier", "all"):
+        raise LabkitError(f"there is no training stage {stage!r}; choose from {', '.join(STAGES)}, verifier or all")
     folder = Path(folder)
+    if stage == "verifier":
+        verifier.main(folder, folder / "judge", device=device)
+        return
     for name in STAGES if stage == "all" else (stage,):
         {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion}[name](folder, preset, device)
     if stage == "all":
