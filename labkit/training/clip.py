@@ -2,8 +2,8 @@
 
     s_ij = exp(tau) <image_i, text_j>  (unit vectors);   L = 1/2 [ CE(rows of s) + CE(columns of s) ]     CLIP (Radford et al. 2021), fig. 3
 
-Captions of a small world repeat: where two captions of a batch are the same text, both pictures are right answers, and the
-target is shared between them.
+Captions of a small world repeat. Where two of a batch are the same text, either picture is a right answer; sharing the
+target between them would give the same loss, since equal texts have equal states, so it is not done. `right` counts both.
 """
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ class Contrast(nn.Module):
         image = F.normalize(self.tower(batch["image"]).float(), dim=-1)  # (B, dim)
         text = F.normalize(self.head(self.text(batch["ids"]), batch["end"]).float(), dim=-1)  # (B, dim)
         s = self.head.log_scale.clamp(max=4.6).exp() * image @ text.T  # (B, B)
-        same = (batch["ids"][:, None] == batch["ids"][None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)  # (B, B); rows sum to 1, and it is symmetric
+        same = (batch["ids"][:, None] == batch["ids"][None]).all(-1).float()  # (B, B)
+        target = torch.arange(len(s), device=s.device)
         loss = (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
         right = same.gather(1, s.argmax(1, keepdim=True)).mean()
         return {"loss": loss, "right": right}
