@@ -35,7 +35,11 @@ DPI = 100
 
 
 def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None = None) -> "Figure":
-    """One panel a word over the greyed picture, all on one scale: the share of attention that each place gave to it."""
+    """One panel a word over the greyed picture, all on one scale: the share of attention that each place gave to it.
+
+    The scale goes from the smallest to the largest share in any panel, not from zero: tokens share what there is, and
+    in most layers no word has much more than its neighbours.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -47,7 +51,8 @@ def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None
     rows = -(-n // columns)
     figure, axes = grid(rows, columns, image.height / image.width, titles=rows, footer=0.85)
     figure.suptitle(title or "Where each word had the attention", fontsize=TITLE)
-    colours = Normalize(0, max(float(h.map.max()) for h in heatmaps))  # the same for all: a word may have little of it
+    low, high = min(float(h.map.min()) for h in heatmaps), max(float(h.map.max()) for h in heatmaps)
+    colours = Normalize(low if low < high else 0, high)  # the same for all: a word may have little everywhere
     panels = [ax for row in axes for ax in row]
     picture(panels[0], image, "the picture")
     for ax, heatmap in zip(panels[1:], heatmaps):
@@ -58,7 +63,7 @@ def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None
     bar = figure.colorbar(ScalarMappable(colours, tinted()), ax=panels, location="bottom", aspect=45, fraction=0.05, pad=0.03)
     bar.set_label(f"share of attention, the same scale in all panels\n({heatmaps[0].averages})", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
-    bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if colours.vmax < 0.05 else f"{value:.0%}")
+    bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if high - low < 0.05 else f"{value:.0%}")
     bar.outline.set_visible(False)
     strongest = sorted(heatmaps, key=lambda h: float(h.map.max()), reverse=True)[:3]
     figure.labkit_alt = (
