@@ -42,8 +42,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        # from_pretrained, because nn.Embedding(...) on the meta device has torch import its compiler, two seconds of loading
+        self.token_embedding = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.hidden_size), freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(torch.randn(config.max_position_embeddings, config.hidden_size), freeze=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         length, context = ids.shape[1], self.position_embedding.num_embeddings
