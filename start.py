@@ -28,6 +28,7 @@ VENV = os.path.join(ROOT, ".venv")
 STAMP = os.path.join(VENV, "labkit-stamp.json")
 UNFINISHED = os.path.join(VENV, "labkit-unfinished")
 NOTEBOOK = "00_an_image_in_five_lines"
+TEMPLATE = "classic"  # nbconvert's newer "lab" page drops the alternative texts of pictures
 OLDEST, NEWEST = (3, 11), (3, 14)
 EXTRAS = {"notebooks", "test"}
 GIGABYTES = 4  # what a first set-up takes at most with a CPU build of torch, the downloads included
@@ -296,7 +297,8 @@ def run_headless():
     os.makedirs(out, exist_ok=True)
     say(f"running notebooks/{NOTEBOOK}.ipynb (about a minute)")
     done = subprocess.run(
-        [venv_python(), "-m", "nbconvert", "--execute", "--to", "html", "--output-dir", out, notebook_path(),
+        [venv_python(), "-m", "nbconvert", "--execute", "--to", "html", "--template", TEMPLATE, "--output-dir", out,
+         notebook_path(),
          # A page with saved widgets fetches their code from the network and, offline, shows nothing at all.
          "--ExecutePreprocessor.store_widget_state=False", "--ExecutePreprocessor.timeout=600",
          "--ExecutePreprocessor.kernel_name=python3"],

@@ -288,6 +288,17 @@ def test_a_missing_notebook_is_one_line(start):
             what()
 
 
+def test_the_headless_page_keeps_what_pictures_show_in_words(start):
+    from nbconvert import HTMLExporter
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    picture = new_output("display_data", data={"image/png": "iVBORw0KGgo="},
+                         metadata={"image/png": {"alt": "a red sphere"}})
+    notebook = new_notebook(cells=[new_code_cell("1", outputs=[picture])])
+    page, _ = HTMLExporter(template_name=start.TEMPLATE).from_notebook_node(notebook)
+    assert 'alt="a red sphere"' in page and "data:image/png;base64,iVBORw0KGgo=" in page
+
+
 def test_tests_run_without_the_hub_and_pass_on_their_arguments(start, monkeypatch):
     seen = {}
     monkeypatch.setattr(start, "foreground", lambda command, env: seen.update(command=command, env=env) or 0)
