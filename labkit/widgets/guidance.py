@@ -64,7 +64,7 @@ def guidance_slider(sweep: Sweep, start: float | None = None) -> Knob:
     )  # fmt: skip
     pictures = Stack([_image(Image, Layout, figure) for figure in shown], selected_index=slider.index)
     jsdlink((slider, "index"), (pictures, "selected_index"))
-    text = f"[A slider over the guidance scale, {_listed(scales)}: it needs JupyterLab and a kernel. Below, all its pictures.]"
+    text = f"[A slider over the guidance scale, {_listed(scales)}: run this cell in JupyterLab to move it. All its pictures are below.]"
     return Knob(VBox([slider, pictures]), figure, text)
 
 
