@@ -83,6 +83,10 @@ def jupyterlab(folder: Path, state: Path):
     env |= {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     news = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
+    # JupyterLab keeps cells out of the page while they are out of sight; here all of them are to be seen
+    cells = state / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    cells.parent.mkdir(parents=True)
+    cells.write_text(json.dumps({"windowingMode": "none"}))
     news.write_text('{"fetchNews": "false"}')  # else it asks whether it may
     log = state / "server.log"
     with log.open("wb") as sink:

@@ -216,7 +216,7 @@ def test_impossible_settings_are_refused(tmp_path):
         with pytest.raises(LabkitError, match="at least one step"):
             train(tiny(), tmp_path / "new", **change)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, diffusion or all"):
+    with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, diffusion, verifier or all"):
         tabletop.train("unet", tmp_path / "new")
     with pytest.raises(LabkitError, match="train that stage first"):
         tabletop.take(tmp_path / "clip", image_tower=nn.Linear(1, 1))
