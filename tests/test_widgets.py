@@ -1,6 +1,9 @@
 """The slider: right pictures at the right places, linked in the browser, never without its static figure and its words."""
 
+import base64
+import html
 import io
+import re
 import threading
 from dataclasses import replace
 
@@ -26,6 +29,12 @@ def parts(knob):
     return slider, stack
 
 
+def image(child) -> tuple[Image.Image, str]:
+    """The picture and the alternative text of one place of the slider."""
+    found = re.fullmatch(r'<img [^>]*alt="([^"]*)" src="data:image/png;base64,([^"]*)">', child.value)
+    return Image.open(io.BytesIO(base64.b64decode(found[2]))).convert("RGB"), html.unescape(found[1])
+
+
 def published(knob, monkeypatch) -> list[tuple[dict, dict]]:
     """What displaying sends to the notebook: (data, metadata) of each output."""
     sent = []
@@ -38,10 +47,10 @@ def test_every_scale_has_its_own_picture_in_order():
     _, stack = parts(guidance_slider(sweep()))
     assert len(stack.children) == len(SCALES)
     for scale, child in zip(SCALES, stack.children):
-        shown = Image.open(io.BytesIO(child.value)).convert("RGB")
+        shown, alt = image(child)
         colours = {colour for _, colour in shown.getcolors(shown.width * shown.height)}
         assert {(int(30 * scale), 40 * seed, 0) for seed in SEEDS} <= colours, f"wrong pictures at w = {scale}"
-        assert f"guidance scale {scale:g}" in child.tooltip and "a red sphere" in child.tooltip and "3, 5" in child.tooltip
+        assert alt == f"“a red sphere” at guidance scale {scale:g}: 2 pictures, seeds 3, 5."
 
 
 def test_the_slider_names_the_scales_and_starts_where_it_is_told():
@@ -101,7 +110,12 @@ def test_the_static_figure_stands_below_the_widget(monkeypatch):
 def test_one_seed_and_one_scale_will_do():
     knob = guidance_slider(Sweep([[Image.new("RGB", (16, 8))]], (2.0,), (0,), "a cube"))
     slider, stack = parts(knob)
-    assert slider.value == 2.0 and stack.children[0].tooltip == "“a cube” at guidance scale 2: one picture, seed 0."
+    assert slider.value == 2.0 and image(stack.children[0])[1] == "“a cube” at guidance scale 2: one picture, seed 0."
+
+
+def test_signs_in_a_prompt_do_not_break_the_page():
+    knob = guidance_slider(Sweep([[Image.new("RGB", (16, 8))]], (2.0,), (0,), 'a "cube" <b> & more'))
+    assert image(parts(knob)[1].children[0])[1].startswith('“a "cube" <b> & more” at')
 
 
 @pytest.mark.parametrize("spoilt, said", [

@@ -40,7 +40,7 @@ class LoopConfig:
     seed: int = 0
     save_every: int = 200
     sheet_every: int = 1000
-    mixed_precision: str = "no"  # "bf16" on a GPU
+    mixed_precision: str = "no"  # "bf16" on a GPU, and for large matrix products on a CPU that has them
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: rise, plateau, fall."""

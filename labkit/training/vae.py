@@ -28,7 +28,7 @@ class VAELoss:
     kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
     adversarial: float = 0.1
     perceptual_from: int = 1200
-    adversarial_from: int = 3200
+    adversarial_from: int = 4800
     full_from: int = 1000  # before, four times as many crops of a quarter of the picture: more to see while all is coarse
 
 

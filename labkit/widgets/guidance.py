@@ -7,7 +7,9 @@ itself. No Python runs when it is moved, so there is nothing to hang, no thread 
 working while the kernel computes something else.
 """
 
+from base64 import b64encode
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from labkit import plots
@@ -47,7 +49,7 @@ def guidance_slider(sweep: Sweep, start: float | None = None) -> Knob:
     and use the arrow keys, Home and End. Raises LabkitError if the sweep's rows do not fit its scales and seeds, or if it
     has no scale `start`.
     """
-    from ipywidgets import Image, Layout, SelectionSlider, Stack, VBox, jsdlink
+    from ipywidgets import Layout, SelectionSlider, Stack, VBox, jsdlink
 
     figure = plots.guidance_sweep(sweep.images, sweep.scales, sweep.seeds)  # raises where the sweep is not whole
     scales = list(sweep.scales)
@@ -62,7 +64,7 @@ def guidance_slider(sweep: Sweep, start: float | None = None) -> Knob:
         tooltip=f"The guidance scale: {_listed(scales)}. Left and right arrow keys move it.",
         style={"description_width": "initial"}, layout=Layout(width="30em", max_width="98%"),
     )  # fmt: skip
-    pictures = Stack([_image(Image, Layout, figure) for figure in shown], selected_index=slider.index)
+    pictures = Stack([picture(figure) for figure in shown], selected_index=slider.index)
     jsdlink((slider, "index"), (pictures, "selected_index"))
     text = f"[A slider over the guidance scale, {_listed(scales)}: run this cell in JupyterLab to move it. All its pictures are below.]"
     return Knob(VBox([slider, pictures]), figure, text)
@@ -80,10 +82,14 @@ def frame(sweep: Sweep, column: int) -> "Figure":
     return figure
 
 
-def _image(Image, Layout, figure: "Figure"):
-    # a browser reads an image's title to those who cannot see it where, as here, there is no way to give an alt
-    layout = Layout(width="100%", max_width="1000px", height="auto")
-    return Image(value=plots.png(figure), format="png", tooltip=plots.described(figure), layout=layout)
+def picture(figure: "Figure"):
+    """A figure as a widget, with its description as alternative text, for which ipywidgets' own Image has no place."""
+    from ipywidgets import HTML, Layout
+
+    source = "data:image/png;base64," + b64encode(plots.png(figure)).decode()
+    style = "width: 100%; max-width: 1000px; height: auto"
+    alt = escape(plots.described(figure), quote=True)
+    return HTML(f'<img class="widget-image" style="{style}" alt="{alt}" src="{source}">', layout=Layout(width="100%"))
 
 
 def _listed(scales) -> str:
