@@ -107,7 +107,7 @@ def test_saved_judge_is_the_one_that_was_trained_and_damage_is_named(tmp_path):
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     for name, logits in judge(x).items():
         torch.testing.assert_close(again(x)[name], logits, rtol=0.01, atol=0.01)  # kept in float16
-    assert sorted(path.name for path in (tmp_path / "judge").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "judge").iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors"]
     with pytest.raises(CheckpointError, match="cannot be opened.*git checkout"):
         load_classifier(tmp_path / "nowhere")
     weights = tmp_path / "judge" / "model.safetensors"

@@ -23,6 +23,7 @@ def lab():
 
 def test_sums_hold_and_everything_fits():
     verify_sums(DATA / "tabletop")
+    verify_sums(DATA / "verifier")
     files = [p for p in DATA.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 64 * MEBIBYTE
     assert {p.suffix for p in files if p.stat().st_size > MEBIBYTE} <= {".safetensors"}

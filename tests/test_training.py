@@ -21,6 +21,7 @@ from labkit.models.config import UNetConfig, VAEConfig
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE, DiagonalGaussian
 from labkit.schedule import Schedule, ScheduleConfig
+from labkit.tap import taps
 from labkit.training import clip, data, diffusion, loop, tabletop, vae
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
 
@@ -215,7 +216,9 @@ def test_impossible_settings_are_refused(tmp_path):
     for change in ({"steps": 0}, {"steps": -3}, {"batch_size": 0}):
         with pytest.raises(LabkitError, match="at least one step"):
             train(tiny(), tmp_path / "new", **change)
-    assert not (tmp_path / "new").exists()
+    with pytest.raises(LabkitError, match="'fp8': use 'no' or 'bf16'"):
+        train(tiny(), tmp_path / "new", mixed_precision="fp8")
+    assert not any((tmp_path / "new").glob("*"))
     with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, diffusion, verifier or all"):
         tabletop.train("unet", tmp_path / "new")
     with pytest.raises(LabkitError, match="train that stage first"):
@@ -384,6 +387,30 @@ def test_noise_prediction_is_the_mean_squared_error_of_the_noise():
     assert all((out["loss"] - twin).abs() > 1e-2 for twin in twins), "a target that is not the noise; alpha_bar without its root"
 
 
+def test_explicit_attention_trains_the_same_network_and_leaves_it_alone():
+    torch.manual_seed(0)
+    unet = UNet(TINY_UNET)
+    x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, TINY_UNET.cross_attention_dim)
+    fused = torch.autograd.grad(unet(x, t, c).pow(2).sum(), unet.parameters())
+    with diffusion.explicit_attention(unet) as sites:
+        assert len(sites) == len(taps(unet, "*.probs")) > 0 and all(tap.active for tap in taps(unet, "*.probs").values())
+        explicit = torch.autograd.grad(unet(x, t, c).pow(2).sum(), unet.parameters())
+    for a, b in zip(fused, explicit):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert not any(tap.active for tap in taps(unet).values())
+
+
+def test_latents_of_another_autoencoder_are_not_taken_for_this_ones(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    torch.manual_seed(0)
+    one, other, path = VAE(TINY_VAE), VAE(TINY_VAE), tmp_path / "latents.safetensors"
+    first = diffusion.latents(one, images, path, "cpu")
+    written = path.stat().st_mtime_ns
+    assert torch.equal(diffusion.latents(one, images[:2], path, "cpu")["mean"], first["mean"]) and path.stat().st_mtime_ns == written
+    assert not torch.equal(diffusion.latents(other, images, path, "cpu")["mean"], first["mean"])
+    assert torch.equal(diffusion.latents(one, images, path, "cpu")["mean"], first["mean"])
+
+
 class Ids(nn.Module):
     """Stands for the text encoder: its states are the token ids."""
 
@@ -502,7 +529,7 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 12)
     short = LoopConfig(steps=2, batch_size=2, lr=1e-3, warmup=1)
     preset = tabletop.Preset(
-        world=data.World(counts=(1,)), pictures=12, clip=short, vae=short, diffusion=short, unet_config=TINY_UNET, vae_config=TINY_VAE,
+        world=data.World(counts=(1,)), pictures=12, clip=short, vae=short, diffusion=replace(short, mixed_precision="bf16"), unet_config=TINY_UNET, vae_config=TINY_VAE,
         vae_loss=vae.VAELoss(adversarial_from=1, full_from=1),
     )  # fmt: skip
     tabletop.train("all", tmp_path, preset, "cpu")

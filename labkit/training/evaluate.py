@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.errors import LabkitError
+from labkit.models.sources import verify_sums
 from labkit.scenes.captions import SAY
 from labkit.scenes.scene import COLOURS, SHAPES
-from labkit.scenes.verify import best, classify, load_classifier, share, shrink
+from labkit.scenes.verify import WEIGHTS, best, classify, load_classifier, share, shrink
 from labkit.training.data import TEST_SEED, World, renders, scenes
 from labkit.training.verifier import hits, labels
 
@@ -65,6 +66,7 @@ def evaluate(lab, out=None, prompts: int = 100, seed: int = 0, guidance: float |
         raise LabkitError("evaluate takes prompts >= 1 and the options pictures >= 1, data, held_out >= 0, quiet")
     if out is not None and Path(out).is_file():
         raise LabkitError(f"{out} is a file; name a folder for the figures")
+    verify_sums(WEIGHTS)
     classifier = load_classifier()
     recipe = {"seed": seed, "guidance": guidance, "steps": steps}
     drawn = draw(lab, one_object_prompts(prompts), classifier, recipe, options["quiet"])

@@ -98,7 +98,9 @@ def run(recipe: Recipe, config: LoopConfig, folder: str | Path, device: str | No
         raise LabkitError(f"training needs at least one step and one picture a batch, got steps={config.steps}, batch_size={config.batch_size}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.mixed_precision)
+    if config.mixed_precision not in ("no", "bf16"):
+        raise LabkitError(f"mixed_precision is {config.mixed_precision!r}: use 'no' or 'bf16'")
+    accelerator = Accelerator(cpu=device == "cpu")
     if config.batch_size % accelerator.num_processes:
         raise LabkitError(f"batch_size={config.batch_size} does not divide among {accelerator.num_processes} processes")
     state = State(recipe, config, accelerator)
@@ -145,7 +147,8 @@ class State:
         for player, objective, optimiser in zip(self.recipe.players, self.objectives, self.optimisers):
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(step) * player.lr_factor
-            with self.accelerator.autocast():
+            # torch's own, since accelerate keeps one precision for the whole process and our stages have one each
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
                 out = objective(batch)
             values = self.accelerator.reduce(torch.stack([v.detach().float() for v in out.values()]), reduction="mean").tolist()
             losses.update(zip(out, values) if len(self.objectives) == 1 else {f"{player.name}.{k}": v for k, v in zip(out, values)}.items())

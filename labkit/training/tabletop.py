@@ -3,6 +3,7 @@
 Each stage keeps its state in a folder of its own (runs/tabletop/clip, ...), resumes from there, and reads what it needs of
 the stages before. `export` writes the averaged weights as a model folder that labkit and diffusers open.
 """
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,8 +95,10 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     tokenizer, autoencoder = build_tokenizer(), take(folder / "vae", vae=VAE(preset.vae_config))[0]
     text = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0]
     latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
-    recipe = diffusion.recipe(diffusion.start_quiet(UNet(preset.unet_config)), text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
-    run(recipe, preset.diffusion, folder / "diffusion", device)
+    unet = diffusion.start_quiet(UNet(preset.unet_config))
+    recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
+    with diffusion.explicit_attention(unet) if device == "cpu" or not torch.cuda.is_available() else nullcontext():
+        run(recipe, preset.diffusion, folder / "diffusion", device)
 
 
 def pictures(folder: Path, preset: Preset):

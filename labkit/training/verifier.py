@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from labkit.errors import LabkitError
+from labkit.models.sources import write_sums
 from labkit.scenes.scene import Scene, scene_from_seed
 from labkit.scenes.verify import ATTRIBUTES, SIDE, WEIGHTS, Classifier, share, shrink
 from labkit.training.data import TEST_SEED, World, renders, scenes
@@ -156,3 +157,4 @@ def save(classifier: Classifier, target: str | Path, about: dict) -> None:
     (target / "config.json.tmp").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     for name in ("model.safetensors", "config.json"):
         os.replace(target / f"{name}.tmp", target / name)
+    write_sums(target)
