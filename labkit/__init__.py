@@ -39,6 +39,7 @@ NAMES = {
     "Trace": "labkit.probes.record",
     "decode_trajectory": "labkit.probes.trajectory",
     "sweep_guidance": "labkit.probes.sweep",
+    "optimize": "labkit.optimize",
 }
 ROOMS = (
     *("checkpoint", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),
