@@ -27,22 +27,21 @@ from labkit.optimize import pack
 STEPS, GUIDANCE = 20, 7.5
 
 
-def alternate(ours: Callable, theirs: Callable, rounds: int) -> tuple[float, float]:
-    """Median seconds of two functions that are called in turns, after one call of each that does not count."""
+def alternate(ours: Callable, theirs: Callable, rounds: int) -> tuple[float, float, tuple]:
+    """Median seconds of two functions called in turns, after one call of each that does not count; and what those returned."""
+    first = ours(), theirs()
     times: tuple[list[float], list[float]] = ([], [])
-    for i in range(rounds + 1):
-        for f, seconds in zip((theirs, ours), times[::-1]):
+    for _ in range(rounds):
+        for f, seconds in zip((ours, theirs), times):
             start = time.perf_counter()
             f()
-            if i:
-                seconds.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1]), first
 
 
 def report(what: str, target: float, ours: Callable, theirs: Callable, rounds: int = 5) -> None:
-    a, b = ours(), theirs()
+    mine, other, (a, b) = alternate(ours, theirs, rounds)
     difference = float((a.float() - b.float()).norm() / b.float().norm())
-    mine, other = alternate(ours, theirs, rounds)
     print(f"{what:48} labkit {mine:7.2f} s  diffusers {other:7.2f} s  ratio {mine / other:.2f} (target {target})  difference {difference:.1e}", flush=True)
 
 
@@ -126,9 +125,9 @@ def load() -> None:
         def start(code: str) -> Callable:
             return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
-        ours, theirs = alternate(start(mine), start(other), 5)
+        ours, theirs, _ = alternate(start(mine), start(other), 5)
         print(f"{'start Python, load SD 1.5 from memory':48} labkit {ours:7.2f} s  diffusers {theirs:7.2f} s  ratio {ours / theirs:.2f} (target 0.5)", flush=True)
-        ours, bare = alternate(start("import torch, labkit"), start("import torch"), 5)
+        ours, bare, _ = alternate(start("import torch, labkit"), start("import torch"), 5)
         print(f"{'import labkit beside import torch':48} {ours - bare:+.2f} s (target 0.3)", flush=True)
 
 
