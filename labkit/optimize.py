@@ -10,13 +10,12 @@ is for drawing: there are no gradients. Taps, recording and saving work as befor
 """
 
 import copy
-import ctypes
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.device import keep_freed_memory
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.models.layers import Attention
@@ -25,7 +24,6 @@ from labkit.tap import taps
 KERNELS = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
 ROWS = 512  # that linear layers' blocks are chosen for (they serve any number), and queries in a tile of self-attention
 LONG = 1024  # keys from which on tiles beat the fused kernel
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def optimize(lab: LatentDiffusion) -> LatentDiffusion:
@@ -150,12 +148,3 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             probs = product(q[b, h, i : i + ROWS].contiguous(), keys, None, "none", [], "").softmax(-1)  # (ROWS, L)
             out[b, h, i : i + ROWS] = product(probs, values, None, "none", [], "")  # (ROWS, d)
     return out
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc, where it is the allocator, not to return big blocks to the kernel, which would fault them in again at every layer."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 2**30)
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from labkit.device import keep_freed_memory
 from labkit.errors import CheckpointError, LabkitError
 
 
@@ -101,6 +102,7 @@ def run(recipe: Recipe, config: LoopConfig, folder: str | Path, device: str | No
     if config.mixed_precision not in ("no", "bf16"):
         raise LabkitError(f"mixed_precision is {config.mixed_precision!r}: use 'no' or 'bf16'")
     accelerator = Accelerator(cpu=device == "cpu")
+    keep_freed_memory()
     if config.batch_size % accelerator.num_processes:
         raise LabkitError(f"batch_size={config.batch_size} does not divide among {accelerator.num_processes} processes")
     state = State(recipe, config, accelerator)
