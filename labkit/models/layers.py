@@ -130,14 +130,14 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Unrolls the picture into a sequence of places, runs a transformer block with the text, and rolls it up again."""
+    """Unrolls the picture into a sequence of places, runs transformer blocks with the text, and rolls it up again."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, groups: int, linear: bool) -> None:
+    def __init__(self, dim: int, heads: int, context_dim: int, groups: int, linear: bool, depth: int = 1) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, heads, context_dim)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
