@@ -159,12 +159,14 @@ def info(a: argparse.Namespace) -> None:
     lab = labkit.load(a.model, a.device)
     schedule, side = lab.schedule_config, lab.unet.config.sample_size * lab.vae.config.factor
     print(f"{lab.name}: {side} x {side} pixels, {lab.vae.config.factor} pixels a latent, {lab.dtype} on {lab.device}")
-    for part in ("text_encoder", "unet", "vae"):
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         network = getattr(lab, part)
-        print(f"  {part:13} {sum(p.numel() for p in network.parameters()):>13,} parameters")
-    print(f"  {'tokenizer':13} {len(lab.tokenizer):>13,} tokens, {lab.tokenizer.max_length} a prompt, start and end included")
-    print(f"  {'schedule':13} {schedule.beta_schedule}, {schedule.num_train_timesteps} timesteps, predicts {schedule.prediction_type}")
-    print(f"  {'defaults':13} {', '.join(f'{key} {value}' for key, value in lab.defaults.items())}")
+        if network is None:
+            continue
+        print(f"  {part:14} {sum(p.numel() for p in network.parameters()):>13,} parameters")
+    print(f"  {'tokenizer':14} {len(lab.tokenizer):>13,} tokens, {lab.tokenizer.max_length} a prompt, start and end included")
+    print(f"  {'schedule':14} {schedule.beta_schedule}, {schedule.num_train_timesteps} timesteps, predicts {schedule.prediction_type}")
+    print(f"  {'defaults':14} {', '.join(f'{key} {value}' for key, value in lab.defaults.items())}")
     if lab.vocabulary:
         print(textwrap.fill(f"knows {len(lab.vocabulary)} words: {' '.join(sorted(lab.vocabulary))}", 100, initial_indent="  ", subsequent_indent="    "))
 

@@ -7,15 +7,18 @@ SDXL was trained on pictures of all sizes, cropped at random, and was told of it
 left, target height and width (the refiner: an aesthetic score in place of the target). Asked for crop (0, 0), it draws
 things whole. Podell et al. 2023, "SDXL", section 2.2.
 
-Guidance batches conditions and joins them, row by row; it does so with the functions below, whichever kind they are.
+Either is made of the prompt alone by `encode`. Guidance batches conditions and joins them, row by row; it does so with the functions below, whichever kind they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from labkit.errors import LabkitError
+from labkit.models.clip import CLIPText
+from labkit.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,21 @@ class Condition:
         """As Tensor.to; the sizes stay float32, for bfloat16 does not know 1023 from 1024."""
         states, pooled = self.states.to(*args, **kwargs), self.pooled.to(*args, **kwargs)
         return Condition(states, pooled, self.sizes.to(states.device))
+
+
+def encode(texts: Sequence[tuple[CLIPText, Tokenizer]], prompts: Sequence[str], sizes: Tensor | None = None) -> Tensor | Condition:
+    """The condition of B prompts, from the text encoders of a model, each with its tokenizer.
+
+    Without sizes: the last states of the one encoder, after its final norm. With sizes (B, 6): the last but one states of all
+    encoders side by side, without a norm, and the last encoder's pooled text.
+    """
+    ids = [tokenizer(prompts).to(encoder.embeddings.token_embedding.weight.device) for encoder, tokenizer in texts]  # (B, L) each
+    if sizes is None:
+        return texts[0][0](ids[0])  # (B, L, D)
+    h = [encoder.hidden(these) for (encoder, _), these in zip(texts, ids)]
+    encoder, tokenizer = texts[-1]
+    pooled = encoder.pooled(h[-1][-1], ids[-1], tokenizer.eos_id)  # (B, P)
+    return Condition(torch.cat([each[-2] for each in h], dim=-1), pooled, sizes.to(pooled.device))
 
 
 def for_batch(c: Tensor | Condition, B: int) -> Tensor | Condition:

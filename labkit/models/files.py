@@ -8,6 +8,7 @@ Every failure is a CheckpointError of one line: which file, which parameter, wha
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,16 +49,22 @@ def read_json(path: str | Path) -> dict:
     return found
 
 
-def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None) -> str:
+def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None, variant: str | None = None) -> str:
     """Which of a folder's files to read: `stem`.safetensors or a sharded index, the fp16 variant first if float16 is asked for.
 
-    Raises CheckpointError (a phrase, to be put behind the folder's name) if there is none, and says why if only pickles are there.
+    With `variant` ("fp16", "non_ema"), that one and no other. Raises CheckpointError (a phrase, to be put behind the folder's name)
+    if there is none, and says why if only pickles are there.
     """
     full = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
     half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-    for name in half + full if dtype == torch.float16 else full + half:
+    wanted = half + full if dtype == torch.float16 else full + half
+    for name in wanted if variant is None else [f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"]:
         if name in names:
             return name
+    if variant is not None:
+        found = {m[1] or m[2] for n in names if (m := re.fullmatch(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index\.(\w+)\.json", n))}
+        there = ", ".join(f"variant={v!r}" if v else "variant=None" for v in sorted(found, key=str)) or "no safetensors at all"
+        raise CheckpointError(f"no weights called variant {variant!r}; there is {there}.")
     if pickled := sorted(n for n in names if n.endswith(PICKLES)):
         raise CheckpointError(
             f"only pickled weights ({pickled[0]}), which can run code when opened; labkit reads safetensors: take another revision "
@@ -66,14 +73,16 @@ def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None)
     raise CheckpointError(f"no {stem}.safetensors there; the folder is not complete, fetch it again.")
 
 
-def read_tensors(folder: Path, stem: str, device="cpu", dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], Path]:
+def read_tensors(
+    folder: Path, stem: str, device="cpu", dtype: torch.dtype | None = None, variant: str | None = None
+) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a part's folder, in one file or in shards, as floating point `dtype` on `device`; and the file's name."""
     try:
         names = {p.name for p in folder.iterdir()}
     except OSError:
         raise CheckpointError(f"{folder}: there is no such folder; the model is not complete, fetch it again.") from None
     try:
-        path = folder / choose_weights(names, stem, dtype)
+        path = folder / choose_weights(names, stem, dtype, variant)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     if path.suffix != ".json":
