@@ -43,7 +43,8 @@ def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = Non
     """The floating-point type of the weights: `dtype`, or for None a half one on CUDA and float32 elsewhere.
 
     The half one is bfloat16 where the GPU computes with it (Ampere, 2020, and later): it has float32's range, so that no
-    activation becomes infinite, as SD 2's attention and SDXL's VAE do in float16. Older GPUs get float16. Raises LabkitError if the type is unknown or the device cannot compute with it.
+    activation becomes infinite, as some of SD 2's attention and SDXL's VAE do in float16. Older GPUs get float16. Raises
+    LabkitError if the type is unknown or the device cannot compute with it.
     """
     device = torch.device(device)
     if dtype is None:
@@ -57,7 +58,7 @@ def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = Non
     return known
 
 
-def vae_dtype(dtype: torch.dtype | None, force_upcast: bool) -> torch.dtype | None:
+def vae_dtype(dtype: torch.dtype | None, force_upcast: bool | None) -> torch.dtype | None:
     """The type of the VAE's weights in a model of type `dtype`: float32 in place of float16 where its config asks for it.
 
     SDXL's activations exceed 65504, the end of float16, and the picture is NaN; bfloat16 has float32's range and stays.

@@ -23,7 +23,7 @@ from labkit.device import Noise
 from labkit.errors import LabkitError
 from labkit.guidance import classifier_free
 from labkit.models.clip import CLIPText
-from labkit.models.condition import Condition, encode, silenced
+from labkit.models.condition import Condition, encode, silenced, sizes_told, usual_sizes
 from labkit.models.tokenizer import WORDS, Tokenizer, normalise
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
@@ -31,7 +31,6 @@ from labkit.samplers import SAMPLERS, Step
 from labkit.schedule import Schedule, ScheduleConfig, eps_prediction
 
 DEFAULTS = {"steps": 20, "guidance": 7.5, "sampler": "ddim"}
-AESTHETICS = 6.0, 2.5  # how good a picture SDXL's refiner is told to make, and the one to keep away from, of 10
 DECODED_AT_ONCE = 2**20  # pixels: the decoder's memory is what breaks first when many or large images are drawn
 
 
@@ -77,7 +76,8 @@ class LatentDiffusion:
     """The parts of a model and what they do together: `generate`, `steps`, `decode`, `encode_image`, `encode_text`.
 
     `metadata` is labkit.json: "defaults" (steps, guidance, sampler) and "vocabulary", the only words that a model of a
-    closed world knows. SDXL has two text encoders; `force_zeros` says that its empty negative prompt is zeros. `layout` says what the rows of the U-Net call in progress are; outside of one it is None.
+    closed world knows. SDXL has two text encoders; `force_zeros` says that its empty negative prompt is zeros. `layout`
+    says what the rows of the U-Net call in progress are; outside of one it is None.
     """
 
     def __init__(
@@ -194,33 +194,26 @@ class LatentDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
             self._check_text(prompt)
-        if not self._sizes_told():
+        if not self._sizes_told:
             return encode(self.texts, prompts).to(self.dtype)  # (B, L, D)
         side = self.unet.config.sample_size * self.vae.config.factor
-        sizes = self._sizes(side, side)[0] if sizes is None else sizes
+        sizes = usual_sizes(self._sizes_told, side, side)[0] if sizes is None else sizes
         return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
 
     def _conditions(self, plan: dict) -> tuple[Tensor | Condition, Tensor | Condition]:
         """What the pictures of a recipe are told in the branches "cond" and "uncond"."""
-        told = self._sizes(plan["height"], plan["width"], plan.get("sizes"))
+        usual = usual_sizes(self._sizes_told, plan["height"], plan["width"])
+        asked = plan.get("sizes")
+        # of what the user says, the branches share all but the refiner's aesthetic score
+        told = usual if asked is None else (asked, (*asked[:4], *usual[1][4:]) if self._sizes_told == 5 else asked)
         c, uncond = self.encode_text(plan["prompt"], told[0]), self.encode_text(plan["negative_prompt"], told[1])
         if self.force_zeros:
             uncond = silenced(uncond, torch.tensor([text == "" for text in plan["negative_prompt"]], device=self.device))
         return c, uncond
 
+    @property
     def _sizes_told(self) -> int:
-        """How many sizes the U-Net is told: SDXL 6, its refiner 5, all others 0."""
-        config, pooled = self.unet.config, self.texts[-1][0].config.projection_dim
-        per_size = config.addition_time_embed_dim
-        return (config.projection_class_embeddings_input_dim - pooled) // per_size if per_size else 0
-
-    def _sizes(self, height: int, width: int, sizes: Sequence[float] | None = None) -> tuple[tuple | None, tuple | None]:
-        """What SDXL is told of sizes in the branches "cond" and "uncond"; the refiner's branches differ in the last number."""
-        if not self._sizes_told():
-            return None, None
-        score, bad = ((AESTHETICS[0],), (AESTHETICS[1],)) if self._sizes_told() == 5 else ((height, width), None)
-        sizes = (height, width, 0, 0, *score) if sizes is None else tuple(sizes)
-        return sizes, sizes if bad is None else (*sizes[:4], *bad)
+        return sizes_told(self.unet.config, self.texts[-1][0].config)
 
     def _check_text(self, text: str) -> None:
         for _, tokenizer in self.texts:
@@ -262,10 +255,10 @@ class LatentDiffusion:
             raise LabkitError(f"Unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
         steps = self.defaults["steps"] if steps is None else steps
         self.schedule.timesteps(steps)  # raises where the number cannot be
-        side, told = self.unet.config.sample_size * self.vae.config.factor, self._sizes_told()
+        side, told = self.unet.config.sample_size * self.vae.config.factor, self._sizes_told
         numbers = sizes is None or (isinstance(sizes, (list, tuple)) and all(type(n) in (int, float) and n >= 0 for n in sizes))
         if sizes is not None and not (numbers and len(sizes) == told > 0):
-            needs = f"it is told {told} numbers, such as {self._sizes(side, side)[0]}" if told else "it is told none, only SDXL is"
+            needs = f"it is told {told} numbers, such as {usual_sizes(told, side, side)[0]}" if told else "it is told none, only SDXL is"
             raise LabkitError(f"sizes is {sizes!r}, but {self.name} has no use for that: {needs}.")
         return {
             **{"guidance": guidance, **lists}, "steps": steps, "sampler": sampler,

@@ -16,6 +16,7 @@ from labkit.errors import CheckpointError
 from labkit.guidance import classifier_free
 from labkit.models import formats, sources
 from labkit.models.clip import CLIPText
+from labkit.models.files import read_safetensors
 from labkit.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from labkit.models.tokenizer import Tokenizer, build_vocabulary
 from labkit.models.unet import UNet
@@ -265,6 +266,16 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 def test_files_that_are_not_what_they_are_called(folder, content, says):
     (folder / UNET_FILE).write_bytes(content)
     fails(folder, "diffusion_pytorch_model.safetensors", says)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_reads_like_a_pickle(length, tmp_path):
+    save_file({"a": torch.ones(3)}, tmp_path / "w.safetensors")
+    data = (tmp_path / "w.safetensors").read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + n].rstrip().ljust(length)  # filled up with spaces, as the format has it
+    (tmp_path / "w.safetensors").write_bytes(length.to_bytes(8, "little") + header + data[8 + n :])
+    assert read_safetensors(tmp_path / "w.safetensors")["a"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("keep", [0.001, 0.3, 0.999])

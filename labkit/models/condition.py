@@ -7,7 +7,7 @@ SDXL was trained on pictures of all sizes, cropped at random, and was told of it
 left, target height and width (the refiner: an aesthetic score in place of the target). Asked for crop (0, 0), it draws
 things whole. Podell et al. 2023, "SDXL", section 2.2.
 
-Either is made of the prompt alone by `encode`. Guidance batches conditions and joins them, row by row; it does so with the functions below, whichever kind they are.
+`encode` makes either. Guidance batches conditions and joins them, row by row, with the functions below, whichever kind they are.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from labkit.errors import LabkitError
 from labkit.models.clip import CLIPText
+from labkit.models.config import CLIPTextConfig, UNetConfig
 from labkit.models.tokenizer import Tokenizer
+
+AESTHETICS = 6.0, 2.5  # of 10: how good a picture SDXL's refiner is told to make, and how good the one to keep away from
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,19 @@ def encode(texts: Sequence[tuple[CLIPText, Tokenizer]], prompts: Sequence[str], 
     encoder, tokenizer = texts[-1]
     pooled = encoder.pooled(h[-1][-1], ids[-1], tokenizer.eos_id)  # (B, P)
     return Condition(torch.cat([each[-2] for each in h], dim=-1), pooled, sizes.to(pooled.device))
+
+
+def sizes_told(unet: UNetConfig, text: CLIPTextConfig) -> int:
+    """How many sizes a U-Net is told beside the pooled text of its (last) text encoder: SDXL 6, its refiner 5, all others 0."""
+    per_size = unet.addition_time_embed_dim
+    return (unet.projection_class_embeddings_input_dim - text.projection_dim) // per_size if per_size else 0
+
+
+def usual_sizes(told: int, height: int, width: int) -> tuple[tuple, tuple]:
+    """The sizes of a picture that is neither scaled nor cropped, in pixels, for the branches "cond" and "uncond"."""
+    if told == 5:
+        return tuple((height, width, 0, 0, score) for score in AESTHETICS)
+    return ((height, width, 0, 0, height, width)[:told],) * 2
 
 
 def for_batch(c: Tensor | Condition, B: int) -> Tensor | Condition:

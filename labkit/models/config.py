@@ -24,6 +24,7 @@ class UNetConfig:
     transformer_layers_per_block: int | tuple[int, ...] = 1  # transformer blocks in a row; SDXL has (1, 2, 10), one for each resolution
     addition_time_embed_dim: int | None = None  # SDXL: features of each size number; None: the network reads states only
     projection_class_embeddings_input_dim: int | None = None  # SDXL: pooled text and all these features together, 1280 + 6 * 256
+    upcast_attention: bool = False  # SD 2.1: diffusers' hint for float16; labkit's scores stay in its range without
 
     def depth(self, level: int) -> int:
         """Transformer blocks in a row at a resolution; the middle has as many as the last one."""
@@ -47,7 +48,7 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # 1 / std of the latents over the training images: gives the diffusion unit variance
     sample_size: int = 512
-    force_upcast: bool = False  # SDXL: its activations leave float16's range, so the network computes in float32
+    force_upcast: bool | None = None  # SDXL: its activations leave float16's range, so it must compute in float32; None: not said
 
     @property
     def factor(self) -> int:
@@ -74,7 +75,8 @@ SD15_VAE = VAEConfig()
 SD15_TEXT = CLIPTextConfig()
 
 # OpenCLIP-H is 24 layers deep; its last one is left out, and the final norm stands on the one before
-SD21_UNET = replace(SD15_UNET, num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=96)
+SD21_UNET = replace(SD15_UNET, num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=96,
+                    upcast_attention=True)
 SD21_VAE = replace(SD15_VAE, sample_size=768)
 SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu")
 

@@ -21,7 +21,7 @@ UNET_OFF = {
     "num_class_embeds", "only_cross_attention", "resnet_skip_time_act", "reverse_transformer_layers_per_block", "time_cond_proj_dim",
     "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
 }  # fmt: skip
-UNET_IGNORED = {"upcast_attention", "dropout", "addition_embed_type_num_heads"}  # of float16, of training, of a part that is not there
+UNET_IGNORED = {"dropout", "addition_embed_type_num_heads"}  # of training, of a part that is not there
 VAE_FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_post_quant_conv": True, "use_quant_conv": True}
 VAE_OFF = {"latents_mean", "latents_std", "shift_factor"}
 TEXT_FIXED = {"layer_norm_eps": 1e-5}
@@ -83,9 +83,9 @@ def number(raw: dict, field: str, default: float) -> float:
     return float(value)
 
 
-def truth(raw: dict, field: str, default: bool) -> bool:
+def truth(raw: dict, field: str, default: bool | None) -> bool | None:
     value = default if raw.get(field) is None else raw[field]
-    if not isinstance(value, bool):
+    if raw.get(field) is not None and not isinstance(value, bool):
         raise CheckpointError(f"{field} is {str(value)[:60]!r}; true or false is expected.")
     return value
 

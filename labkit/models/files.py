@@ -185,7 +185,8 @@ def _disguise(start: bytes) -> str | None:
         return "it is a git-lfs pointer, a note where the real file lies; run `git lfs pull` in its folder"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, probably an error message of the server; fetch it again"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # a safetensors file begins with its header's length and "{": a header of 640 bytes reads like the beginning of a pickle
+    if start[8:9] != b"{" and start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "it is a pickle (.bin, .ckpt, .pt) under another name, which can run code when opened; get the safetensors file"
     return None
 

@@ -25,7 +25,7 @@ def unet_config(raw: dict) -> UNetConfig:
     ups = raw.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     used = {"sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block"}
     used |= {"norm_num_groups", "cross_attention_dim", "attention_head_dim", "num_attention_heads", "use_linear_projection"}
-    used |= {"transformer_layers_per_block", "addition_embed_type", *ADDED}
+    used |= {"transformer_layers_per_block", "addition_embed_type", "upcast_attention", *ADDED}
     check_fields(raw, "UNet2DConditionModel", used, UNET_FIXED, UNET_OFF, UNET_IGNORED)
     known = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
     if not isinstance(types, list) or any(t not in known for t in types):
@@ -52,6 +52,7 @@ def unet_config(raw: dict) -> UNetConfig:
         sample_size=integer(raw, "sample_size", 64),
         transformer_layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
         **{field: integer(raw, field, 0) if added else None for field in ADDED},
+        upcast_attention=truth(raw, "upcast_attention", False),
     )
 
 
@@ -66,7 +67,7 @@ def unet_to_diffusers(config: UNetConfig) -> dict:
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.cross_attention)],
         "attention_head_dim": list(config.num_attention_heads),
         **{f: getattr(config, f) for f in ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels")},
-        **{f: getattr(config, f) for f in ("norm_num_groups", "use_linear_projection", "sample_size", *ADDED)},
+        **{f: getattr(config, f) for f in ("norm_num_groups", "use_linear_projection", "sample_size", "upcast_attention", *ADDED)},
         "addition_embed_type": "text_time" if config.addition_time_embed_dim else None,
         "transformer_layers_per_block": depths if isinstance(depths, int) else list(depths),
     }
@@ -96,7 +97,7 @@ def vae_config(raw: dict) -> VAEConfig:
         norm_num_groups=integer(raw, "norm_num_groups", 32),
         scaling_factor=float(scale),
         sample_size=integer(raw, "sample_size", 32),
-        force_upcast=truth(raw, "force_upcast", False),  # diffusers' default is true, but files that do not have it predate the trouble
+        force_upcast=truth(raw, "force_upcast", None),  # diffusers' default is true, but files that do not have it predate the trouble
     )
 
 
@@ -109,7 +110,7 @@ def vae_to_diffusers(config: VAEConfig) -> dict:
         "block_out_channels": list(config.block_out_channels),
         "down_block_types": ["DownEncoderBlock2D"] * n,
         "up_block_types": ["UpDecoderBlock2D"] * n,
-        **{f: getattr(config, f) for f in VAE_FIELDS},
+        **{f: getattr(config, f) for f in VAE_FIELDS if getattr(config, f) is not None},
     }
 
 

@@ -80,7 +80,7 @@ class Attention(nn.Module):
         k = rearrange(self.to_k(context), "b l (h d) -> b h l d", h=self.num_heads)
         v = rearrange(self.to_v(context), "b l (h d) -> b h l d", h=self.num_heads)
         if self.probs.active:
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L); scaled first: SD 2's products leave float16
             out = self.probs(scores.softmax(dim=-1)) @ v  # (B, heads, N, d)
         else:
             out = self.attend(q, k, v)  # (B, heads, N, d)
