@@ -52,8 +52,9 @@ def load(name="tabletop", device=None, dtype=None, variant=None) -> "LatentDiffu
     """Open a model: "tabletop" (shipped, checked against its SHA-256 sums), a diffusers folder, or a hub id.
 
     `device`: "cpu", "cuda", "mps", or None for the best there is; `dtype`: "float32", "float16", ..., or None for what
-    suits the device; `variant`: which set of weights to read where there are several, such as "fp16". Only a hub id that is not in the local cache needs the network. Raises LabkitError (CheckpointError
-    where the files are at fault): what is wrong, in which file, and what to do.
+    suits the device; `variant`: which set of weights to read where there are several, such as "fp16". Only a hub id that
+    is not in the local cache needs the network. Raises LabkitError (CheckpointError where the files are at fault): what is
+    wrong, in which file, and what to do.
     """
     from labkit.checkpoint import load_pipeline
     from labkit.device import pick_device, pick_dtype

@@ -12,7 +12,7 @@ import labkit
 from labkit.checkpoint import load_pipeline, save_pipeline
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import CheckpointError, LabkitError
-from labkit.models import condition, config, formats
+from labkit.models import condition, config, formats, sources
 from labkit.models.clip import CLIPText
 from labkit.models.condition import Condition
 from labkit.models.unet import UNet
@@ -319,6 +319,7 @@ def test_conditions_that_do_not_fit(labs):
         condition.for_batch(condition.joined(c, c), 3)
     with pytest.raises(LabkitError, match="B alike"):
         Condition(c.states, c.pooled, c.sizes[0])
+    assert torch.equal(c[0, 3], c.states[0, 3]) and c.shape == (1, 77, 64) and len(c) == 1
     half = c.to(torch.bfloat16)
     assert half.states.dtype == half.pooled.dtype == torch.bfloat16 and half.sizes.dtype == torch.float32
 
@@ -377,6 +378,48 @@ def test_shards_and_variants_of_sdxl(tmp_path):
         load_pipeline(folder, variant="../x")
 
 
+def published(*names):
+    """File names of a repository as SDXL's is on the hub."""
+    there = ["model_index.json", "sd_xl_base_1.0.safetensors", "scheduler/scheduler_config.json"]
+    there += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")):
+        there += [f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.onnx"]
+    return {*there, *names}
+
+
+def test_the_weights_of_a_hub_repository_that_are_needed():
+    full = ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model"]
+    assert sources._needed(published(), "org/xl", torch.float32, None) == [f"{stem}.safetensors" for stem in full]
+    assert sources._needed(published(), "org/xl", torch.bfloat16, "fp16") == [f"{stem}.fp16.safetensors" for stem in full]
+    shards = {f"unet/diffusion_pytorch_model{mark}-0000{i}-of-00002.safetensors" for mark in ("", ".fp16") for i in (1, 2)}
+    index = {"unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.safetensors.index.fp16.json"}
+    sharded = published(*shards, *index) - {"unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"}
+    for variant, mark in ((None, ""), ("fp16", ".fp16")):
+        needed = sources._needed(sharded, "org/xl", torch.float32, variant)
+        assert needed[:2] == [f"unet/diffusion_pytorch_model{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)] and len(needed) == 6
+    for lost in ("text_encoder_2/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        with pytest.raises(CheckpointError, match="there is variant='fp16'|no .*safetensors there"):
+            sources._needed(published() - {lost, lost.replace(".safe", ".fp16.safe")}, "org/xl", torch.float32, None)
+    with pytest.raises(CheckpointError, match="no weights called variant 'bf16'; there is variant=None, variant='fp16'"):
+        sources._needed(published(), "org/xl", torch.float32, "bf16")
+    refiner = {name for name in published() if not name.startswith("text_encoder/")}
+    assert [name.split("/")[0] for name in sources._needed(refiner, "org/refiner", None, None)] == ["unet", "vae", "text_encoder_2"]
+
+
+def test_a_download_that_was_cut_short_is_seen_by_its_index(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    base = tmp_path / "models--org--xl"
+    (base / "refs").mkdir(parents=True)
+    (base / "refs" / "main").write_text("a" * 40)
+    where = shutil.copytree(folders["sdxl"], base / "snapshots" / ("a" * 40))
+    assert sources.resolve("org/xl") == where
+    shutil.rmtree(where / "text_encoder_2")
+    with pytest.raises(CheckpointError, match="not in this machine's cache"):
+        sources.resolve("org/xl")
+
+
 def test_variant_is_taken_where_both_are(folders, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(folders["sdxl"], folder)
@@ -432,7 +475,7 @@ def edit(path, **changes):
         ("unet/config.json", {"addition_embed_type": None}, "unknown (add_embedding"),
         ("unet/config.json", {"addition_time_embed_dim": None}, "addition_time_embed_dim"),
         ("unet/config.json", {"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block is [1, 2]"),
-        ("unet/config.json", {"transformer_layers_per_block": [1, 2, 10**6]}, "from 1 to 512"),
+        ("unet/config.json", {"transformer_layers_per_block": [1, 2, 10**6]}, "from 1 to 64"),
         ("unet/config.json", {"use_linear_projection": "yes"}, "use_linear_projection is 'yes'"),
         ("unet/config.json", {"a_new_switch": False}, "a_new_switch"),
         ("vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean"),

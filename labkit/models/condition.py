@@ -40,6 +40,10 @@ class Condition:
     def __len__(self) -> int:
         return len(self.states)
 
+    def __getitem__(self, which) -> Tensor:
+        """Indexes the states, as a plain condition is indexed: c[0, 3] is the state of token 3."""
+        return self.states[which]
+
     @property
     def shape(self) -> torch.Size:
         """The shape of the states, (B, L, D), as a plain condition has it."""

@@ -36,7 +36,7 @@ def unet_config(raw: dict) -> UNetConfig:
     if raw.get("addition_embed_type") not in (None, "text_time"):
         raise CheckpointError(f"addition_embed_type is {raw['addition_embed_type']!r}; labkit's U-Net has 'text_time' (SDXL) or none.")
     added = raw.get("addition_embed_type") == "text_time"
-    depths = integers(raw, "transformer_layers_per_block", 1, len(types), 512)
+    depths = integers(raw, "transformer_layers_per_block", 1, len(types), 64)
     # diffusers' attention_head_dim is, by an old mistake, the number of heads
     heads = "num_attention_heads" if raw.get("num_attention_heads") is not None else "attention_head_dim"
     return UNetConfig(

@@ -78,7 +78,7 @@ def by_diffusers(a: argparse.Namespace) -> None:
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(Path(a.folder) / "model", torch_dtype=torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(Path(a.folder) / "model", dtype=torch.float32)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
