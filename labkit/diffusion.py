@@ -23,7 +23,7 @@ from labkit.device import Noise
 from labkit.errors import LabkitError
 from labkit.guidance import classifier_free
 from labkit.models.clip import CLIPText
-from labkit.models.condition import Condition, encode, silenced, sizes_told, usual_sizes
+from labkit.models.condition import Condition, check_sizes, encode, silenced, sizes_told, usual_sizes
 from labkit.models.tokenizer import WORDS, Tokenizer, normalise
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
@@ -194,10 +194,11 @@ class LatentDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
             self._check_text(prompt)
-        if not self._sizes_told:
+        if not self._sizes_told and sizes is None:
             return encode(self.texts, prompts).to(self.dtype)  # (B, L, D)
         side = self.unet.config.sample_size * self.vae.config.factor
-        sizes = usual_sizes(self._sizes_told, side, side)[0] if sizes is None else sizes
+        usual = usual_sizes(self._sizes_told, side, side)[0]
+        sizes = usual if sizes is None else check_sizes(sizes, usual)
         return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
 
     def _conditions(self, plan: dict) -> tuple[Tensor | Condition, Tensor | Condition]:
@@ -206,7 +207,7 @@ class LatentDiffusion:
         asked = plan.get("sizes")
         # of what the user says, the branches share all but the refiner's aesthetic score
         told = usual if asked is None else (asked, (*asked[:4], *usual[1][4:]) if self._sizes_told == 5 else asked)
-        c, uncond = self.encode_text(plan["prompt"], told[0]), self.encode_text(plan["negative_prompt"], told[1])
+        c, uncond = self.encode_text(plan["prompt"], told[0] or None), self.encode_text(plan["negative_prompt"], told[1] or None)
         if self.force_zeros:
             uncond = silenced(uncond, torch.tensor([text == "" for text in plan["negative_prompt"]], device=self.device))
         return c, uncond
@@ -255,16 +256,12 @@ class LatentDiffusion:
             raise LabkitError(f"Unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
         steps = self.defaults["steps"] if steps is None else steps
         self.schedule.timesteps(steps)  # raises where the number cannot be
-        side, told = self.unet.config.sample_size * self.vae.config.factor, self._sizes_told
-        numbers = sizes is None or (isinstance(sizes, (list, tuple)) and all(type(n) in (int, float) and n >= 0 for n in sizes))
-        if sizes is not None and not (numbers and len(sizes) == told > 0):
-            needs = f"it is told {told} numbers, such as {usual_sizes(told, side, side)[0]}" if told else "it is told none, only SDXL is"
-            raise LabkitError(f"sizes is {sizes!r}, but {self.name} has no use for that: {needs}.")
+        side = self.unet.config.sample_size * self.vae.config.factor
         return {
             **{"guidance": guidance, **lists}, "steps": steps, "sampler": sampler,
             "height": self._side("height", side if height is None else height),
             "width": self._side("width", side if width is None else width),
-            **({"sizes": tuple(sizes)} if sizes is not None else {}),
+            **({"sizes": check_sizes(sizes, usual_sizes(self._sizes_told, side, side)[0])} if sizes is not None else {}),
         }  # fmt: skip
 
     def _side(self, field: str, pixels: int) -> int:

@@ -83,6 +83,15 @@ def usual_sizes(told: int, height: int, width: int) -> tuple[tuple, tuple]:
     return ((height, width, 0, 0, height, width)[:told],) * 2
 
 
+def check_sizes(sizes: Sequence[float], usual: tuple) -> tuple:
+    """The sizes a user gives, as a tuple; LabkitError unless they are as many as the model's usual ones, each 0 or more."""
+    numbers = isinstance(sizes, (list, tuple)) and all(type(n) in (int, float) and 0 <= n < float("inf") for n in sizes)
+    if not (numbers and len(sizes) == len(usual) > 0):
+        needs = f"the model is told {len(usual)} numbers, such as {usual}" if usual else "this model is told none, only SDXL is"
+        raise LabkitError(f"sizes is {sizes!r}: {needs}.")
+    return tuple(sizes)
+
+
 def for_batch(c: Tensor | Condition, B: int) -> Tensor | Condition:
     """A condition for B pictures: one is repeated for all of them; LabkitError unless there are 1 or B."""
     if len(c) not in (1, B):
