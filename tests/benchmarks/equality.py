@@ -30,6 +30,7 @@ def main() -> int:
         return 0
     folder = Path(a.folder or tempfile.mkdtemp(prefix="equality-"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
     try:
         for part in ("write", "diffusers", "labkit"):
             if part == "write" and (folder / "model" / "model_index.json").exists():
@@ -76,8 +77,6 @@ def by_diffusers(a: argparse.Namespace) -> None:
     import diffusers
     import torch
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.DiffusionPipeline.from_pretrained(Path(a.folder) / "model", dtype=torch.float32)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
