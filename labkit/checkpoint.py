@@ -25,7 +25,10 @@ from labkit.device import vae_dtype
 from labkit.errors import CheckpointError, LabkitError
 from labkit.models import formats
 from labkit.models.clip import CLIPText
-from labkit.models.files import fill, read_json, read_tensors, write_json, write_safetensors
+from labkit.models.files import fill, write_json, write_safetensors
+from labkit.models.folder import Folder
+from labkit.models.original_layout import OneFile
+from labkit.models.single_file import open_one_file
 from labkit.models.sources import DATA, STEMS, resolve, verify_sums, write_sums
 from labkit.models.tokenizer import Tokenizer
 from labkit.models.unet import UNet
@@ -65,44 +68,48 @@ class Parts:
     force_zeros: bool = False
 
 
-def load_pipeline(name: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, variant: str | None = None) -> Parts:
-    """The parts of the model called `name`: "tabletop", a folder, or a hub id; on `device`, as `dtype` (None: as in the file).
+def load_pipeline(
+    name: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, variant: str | None = None, **one_file
+) -> Parts:
+    """The parts of the model called `name`: "tabletop", a folder, one file, or a hub id; on `device`, as `dtype` (None: as in the file).
 
     `variant` asks for one set of weights by name ("fp16"); raises CheckpointError, which lists what there is, if one part has none.
+    `one_file` are the options of `open_one_file`, for a checkpoint of one file: ema, prediction_type, tokenizer.
     """
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise CheckpointError(f"variant is {variant!r}; give a name such as 'fp16', or None.")
-    folder = resolve(name, dtype, variant)
-    if folder.resolve() == (DATA / "tabletop").resolve():
-        verify_sums(folder)
-    index = _check_index(folder)
+    path = resolve(name, dtype, variant)
+    if one_file and path.is_dir():
+        raise CheckpointError(f"{path}: {', '.join(one_file)} is for a checkpoint of one file; in a folder its own files say it.")
+    if path.resolve() == (DATA / "tabletop").resolve():
+        verify_sums(path)
+    source = open_one_file(path, **one_file) if path.is_file() else Folder(path, variant)
+    index = _check_index(source)
 
     def network(part: str, config, build, rename, dtype=dtype) -> nn.Module:
-        tensors, path = read_tensors(folder / part, STEMS[part], device, dtype, variant)
-        return fill(lambda: build(config), rename(tensors), path)
+        file = source.tensors(part, "meta", dtype)[1]
+        return fill(lambda: build(config), lambda where: rename(source.tensors(part, where, dtype)[0]), device, file)
 
     def text(part: str) -> tuple[CLIPText, Tokenizer]:
-        config = _in_file(folder / part / "config.json", lambda raw: formats.text_config(raw, index[part][1]))
-        tokenizer = Tokenizer.from_folder(folder / part.replace("text_encoder", "tokenizer"), max_length=config.max_position_embeddings)
-        return network(part, config, CLIPText, formats.text_names), tokenizer
+        config = _in_file(source, part, lambda raw: formats.text_config(raw, index[part][1]))
+        return network(part, config, CLIPText, formats.text_names), source.tokenizer(part, config.max_position_embeddings)
 
-    vae_config = _in_file(folder / "vae" / "config.json", formats.vae_config)
-    unet_config = _in_file(folder / "unet" / "config.json", formats.unet_config)
-    unet = network("unet", unet_config, UNet, dict)
+    vae_config = _in_file(source, "vae", formats.vae_config)
+    unet = network("unet", _in_file(source, "unet", formats.unet_config), UNet, dict)
     vae = network("vae", vae_config, VAE, formats.vae_names, vae_dtype(dtype, vae_config.force_upcast))
     texts = [text(part) for part in ("text_encoder", "text_encoder_2") if part in index]
-    metadata = read_json(folder / "labkit.json") if (folder / "labkit.json").exists() else {}
+    metadata = _checked_metadata(source)
     parts = Parts(
         unet,
         vae,
         *texts[0],
-        _in_file(folder / "scheduler" / "scheduler_config.json", formats.schedule_config),
-        str(metadata.get("name") or (folder.resolve().name if Path(name).expanduser().is_dir() else name)),
+        _in_file(source, "scheduler", formats.schedule_config),
+        str(metadata.get("name") or (path.resolve().stem if path.is_file() else path.resolve().name if Path(name).expanduser().is_dir() else name)),
         metadata,
         *(texts[1] if texts[1:] else (None, None)),
         force_zeros="text_encoder_2" in index and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    _fit_together(parts, folder)
+    _fit_together(parts, path)
     return parts
 
 
@@ -130,13 +137,9 @@ def save_pipeline(lab, folder: str | Path, dtype: torch.dtype | None = None, ove
     return folder
 
 
-def _check_index(folder: Path) -> dict:
+def _check_index(source: Folder | OneFile) -> dict:
     """model_index.json without the parts that are absent; raises unless it is of Stable Diffusion's kind, made of parts labkit has."""
-    if not (folder / "model_index.json").exists():
-        if (folder / "config.json").exists() and (folder.parent / "model_index.json").exists():
-            raise CheckpointError(f"{folder}: is one part of a model; give the folder above it, {folder.parent}.")
-        raise CheckpointError(f"{folder}: no model_index.json, so this is not a model in the diffusers layout; give the folder that holds it.")
-    raw = read_json(folder / "model_index.json")
+    raw, folder = source.index(), source.path
     if raw.get("_class_name") not in PIPELINES:
         raise CheckpointError(f"{folder}: is a {raw.get('_class_name')}; labkit opens StableDiffusionPipeline (1.x, 2.x), StableDiffusionXLPipeline and kin.")
     index, kinds = {key: value for key, value in raw.items() if value not in (None, [None, None])}, KINDS
@@ -153,13 +156,24 @@ def _check_index(folder: Path) -> dict:
     return {key: value for key, value in index.items() if key in kinds or key not in {**KINDS, **SECOND}}
 
 
-def _in_file(path: Path, to_config):
-    """A config made of a JSON file; whatever is wrong with it is said with the file's name in front."""
-    raw = read_json(path)
+def _in_file(source: Folder | OneFile, part: str, to_config):
+    """A config made of a part's JSON file; whatever is wrong with it is said with the file's name in front."""
+    raw = source.config(part)
     try:
         return to_config(raw)
-    except (LabkitError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (LabkitError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{source.where(part)}: {error}") from None
+
+
+def _checked_metadata(source: Folder | OneFile) -> dict:
+    """labkit.json, in which "defaults" is a table and "vocabulary" a list of words; {} without one."""
+    metadata = source.metadata()
+    for key, kind, what in (("defaults", dict, "a table of options"), ("vocabulary", list, "a list of words")):
+        if metadata.get(key) is not None and not isinstance(metadata[key], kind):
+            raise CheckpointError(f"{source.path / 'labkit.json'}: {key} is {metadata[key]!r}; {what} is expected.")
+    if not all(isinstance(word, str) for word in metadata.get("vocabulary") or ()):
+        raise CheckpointError(f"{source.path / 'labkit.json'}: vocabulary must be a list of words.")
+    return metadata
 
 
 def _texts(lab) -> list[tuple[str, CLIPText, Tokenizer]]:

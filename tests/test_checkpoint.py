@@ -260,7 +260,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
         (b"PK\x03\x04" + bytes(100), "pickle"),
         (b"\x80\x02}q\x00." + bytes(100), "pickle"),
         (b"\x00\x00\x00\x00\x00\x01\x00\x00" + bytes(100), "not a safetensors file"),
-        (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b"{broken json}   " + bytes(100), "not all of it is there"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b"{broken json}   " + bytes(100), "its header is not JSON"),
         (b"abc", "not a safetensors file"),
     ],
 )
@@ -314,9 +314,9 @@ def test_pickles_are_refused_and_never_opened(folder, monkeypatch):
     fails(folder, "diffusion_pytorch_model.bin", "can run code", "safe_serialization=True")
     for name in ("sd-v1-4.ckpt", "model.pt", "weights.bin"):
         (folder / name).write_bytes(b"PK\x03\x04")
-        fails(folder / name, name, "can run code")
+        fails(folder / name, name, "can run code", "labkit convert")
     (folder / "one.safetensors").write_bytes(b"x")
-    fails(folder / "one.safetensors", "is one file")
+    fails(folder / "one.safetensors", "1 bytes that are not a safetensors file")
 
 
 def change_weights(path: Path, change):

@@ -17,13 +17,14 @@ import torch
 
 from labkit.errors import CheckpointError
 from labkit.models.files import PICKLES, choose_weights
+from labkit.models.header import regular_size
 
 DATA = Path(__file__).parents[2] / "data"
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 
 
 def resolve(name: str | Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Path:
-    """The folder of a model: "tabletop" is the one in data/, a folder is itself, a hub id is looked up in the cache, then fetched.
+    """Where a model is: "tabletop" is in data/, a folder or a .safetensors file is itself, a hub id is looked up in the cache, then fetched.
 
     `dtype` and `variant` say which of a hub repository's weights are wanted (`files.choose_weights`).
     """
@@ -37,14 +38,21 @@ def resolve(name: str | Path, dtype: torch.dtype | None = None, variant: str | N
         return path
     if len(str(name)) > 1000:  # longer than a file system allows, which would raise errors of its own
         raise CheckpointError(f"No model called {str(name)[:20]!r}... {_possible()}")
-    if path.is_dir():
-        return path
-    if path.is_file() and path.suffix in PICKLES:
-        raise CheckpointError(
-            f"{path}: pickled weights can run code when opened, so labkit does not open them; get the model as a diffusers folder with safetensors."
-        )
-    if path.is_file():
-        raise CheckpointError(f"{path}: is one file; labkit opens a diffusers folder (the one that holds model_index.json).")
+    try:
+        if path.is_dir():
+            return path
+        if path.is_file() and path.suffix.lower() in PICKLES:
+            raise CheckpointError(
+                f"{path}: pickled weights can run code when opened, so labkit does not open them; convert the file once with "
+                f"`python -m labkit convert {path.name} {path.stem}.safetensors`, which runs none of it."
+            )
+        if path.exists() and path.suffix.lower() != ".safetensors":
+            raise CheckpointError(f"{path}: is no model; labkit opens a folder in the diffusers layout and a one-file checkpoint (.safetensors).")
+        if path.exists():
+            regular_size(path)  # not a pipe, which would be waited for
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     # "runs/last" could be on the hub, but where there is a folder "runs" here, it is a folder mistyped
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name.split("/")[0]).is_dir():
         return _from_hub(name, dtype, variant)
@@ -145,4 +153,4 @@ def _sha256(path: Path) -> str:
 
 
 def _possible() -> str:
-    return "Possible are 'tabletop' (shipped), a folder in the diffusers layout, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+    return "Possible are 'tabletop' (shipped), a folder in the diffusers layout, a one-file .safetensors, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
