@@ -34,6 +34,7 @@ NAMES = {
     "CheckpointError": "labkit.errors",
     "LatentDiffusion": "labkit.diffusion",
     "Generation": "labkit.diffusion",
+    "convert_checkpoint": "labkit.convert",
     "listen": "labkit.tap",
     "record": "labkit.probes.record",
     "Trace": "labkit.probes.record",
@@ -42,7 +43,7 @@ NAMES = {
     "optimize": "labkit.optimize",
 }
 ROOMS = (
-    *("checkpoint", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),
+    *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),
     *("schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]

@@ -13,8 +13,6 @@ only when all of it is there. Nothing is fetched unless the name is a hub id, an
 """
 
 import re
-import shutil
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from labkit.models.sources import DATA, STEMS, resolve, verify_sums, write_sums
 from labkit.models.tokenizer import Tokenizer
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
+from labkit.models.whole import whole_folder
 from labkit.schedule import ScheduleConfig
 
 __all__ = ["Parts", "load_pipeline", "save_pipeline", "resolve", "verify_sums", "write_sums"]
@@ -120,20 +119,8 @@ def save_pipeline(lab, folder: str | Path, dtype: torch.dtype | None = None, ove
     holds a model. Raises CheckpointError.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise CheckpointError(f"{folder}: exists already; choose another name, or say overwrite=True.")
-        if not (folder / "model_index.json").exists():
-            raise CheckpointError(f"{folder}: is not a model (no model_index.json), so it will not be replaced; choose another name.")
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    try:
-        unfinished.mkdir(parents=True)
+    with whole_folder(folder, overwrite) as unfinished:
         _write_parts(lab, unfinished, dtype)
-        _take_the_place(unfinished, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}); nothing was changed there.") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -243,18 +230,3 @@ def _index(lab) -> dict:
     if scored or inpaint:
         index["requires_aesthetics_score"] = scored
     return {"_class_name": f"StableDiffusionXL{inpaint or ('Img2Img' if scored else '')}Pipeline", **index, **absent}
-
-
-def _take_the_place(unfinished: Path, folder: Path) -> None:
-    """Rename; a folder that is there already is set aside first, and put back if the renaming fails."""
-    if not folder.exists():
-        unfinished.rename(folder)
-        return
-    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-    folder.rename(aside)
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

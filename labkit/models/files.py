@@ -68,7 +68,7 @@ def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None,
         there = ", ".join(f"variant={v!r}" if v else "variant=None" for v in sorted(found, key=str)) or "no safetensors at all"
         raise CheckpointError(f"no weights called variant {variant!r}; there is {there}.")
     if others := sorted(n for n in names if n.startswith(f"{stem}.") and n.endswith(".safetensors") and "-of-" not in n):
-        raise CheckpointError(f"no {stem}.safetensors there, only the variant {others[0]}; fetch the file without a variant, or rename this one.")
+        raise CheckpointError(f"no {stem}.safetensors there, but {others[0]}; say variant={others[0].removeprefix(stem).split(".")[1]!r}, or fetch the other.")
     if pickled := sorted(n for n in names if n.endswith(PICKLES)):
         raise CheckpointError(
             f"only pickled weights ({pickled[0]}), which can run code when opened; labkit reads safetensors: take another revision "
@@ -121,16 +121,21 @@ def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None,
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for key in wanted:
-                tensor = file.get_tensor(key)
-                if tensor.is_floating_point():
-                    # a copy: what was read would be a view of the file, and break if the file is replaced or cut
-                    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
-                    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-                        raise CheckpointError(f"{path}: {key} holds NaN or infinity as {tensor.dtype}; {AGAIN}, or load it as float32.")
-                tensors[key] = tensor
+                tensors[key] = sound(file.get_tensor(key), key, path, device, dtype)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not all of it can be read ({' '.join(str(error).split())}); {AGAIN}.") from None
     return tensors
+
+
+def sound(tensor: Tensor, name: str, path: Path, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor on `device`, as `dtype` if it is one of fractions; CheckpointError if it holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        return tensor
+    # a copy: what was read would be a view of the file, and break if the file is replaced or cut
+    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise CheckpointError(f"{path}: {name} holds NaN or infinity as {tensor.dtype}; {AGAIN}, or load it as float32.")
+    return tensor
 
 
 def check_links(root: Path) -> None:
@@ -193,8 +198,8 @@ def check_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors to one safetensors file, as `dtype` or as they are."""
-    tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
+    """Write tensors to one safetensors file, those of fractions as `dtype` or as they are; OSError if it cannot be written."""
+    tensors = {n: t.detach().to("cpu", dtype if dtype and t.is_floating_point() else t.dtype).contiguous() for n, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers will not open a file that does not say so

@@ -66,7 +66,7 @@ class OneFile:
 
     def index(self) -> dict:
         """model_index.json."""
-        kind, inpaint = self.family.pipeline, self._shape(UNET + "input_blocks.0.0.weight")[1] == 9
+        kind, inpaint = self.family.pipeline, self.size(UNET + "input_blocks.0.0.weight", 1) == 9
         index = {"_class_name": f"StableDiffusion{kind.removesuffix('Img2Img') + 'Inpaint' if inpaint else kind}Pipeline", "_diffusers_version": "0.38.0"}
         index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
         for part in ("text_encoder", "text_encoder_2") if kind else ("text_encoder",):
@@ -94,15 +94,21 @@ class OneFile:
         if part == "unet" and self.ema:
             found = {name: names.ema_name(name) for name in found}
         kept = self.read(list(found.values()), device, dtype)
-        tensors = {name.removeprefix(prefix): kept.pop(kept_as) for name, kept_as in found.items()}
+        tensors = {name.removeprefix(prefix): kept[kept_as] for name, kept_as in found.items()}
+        try:
+            return self._renamed(part, tensors), self.path
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    def _renamed(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if part == "unet":
-            return names.unet_tensors(tensors, self._levels()[1]), self.path
+            return names.unet_tensors(tensors, self._levels()[1])
         if part == "vae":
-            return names.vae_tensors(tensors, len(self._vae()["block_out_channels"])), self.path
-        if prefix.endswith("transformer."):
-            return names.clip_tensors(tensors), self.path
+            return names.vae_tensors(tensors, len(self._vae()["block_out_channels"]))
+        if self.family.texts[part].endswith("transformer."):
+            return names.clip_tensors(tensors)
         text = self._text(part)
-        return names.openclip_tensors(tensors, text["num_hidden_layers"], projection="projection_dim" in text), self.path
+        return names.openclip_tensors(tensors, text["num_hidden_layers"], projection="projection_dim" in text)
 
     def tokenizer(self, part: str, max_length: int) -> Tokenizer:
         """CLIP's tokenizer, whose vocabulary is the same in all these models; CheckpointError says where to get it."""
@@ -128,10 +134,13 @@ class OneFile:
 
     # --- what the shapes tell ---------------------------------------------------------------------------------------------
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def size(self, name: str, axis: int) -> int:
+        """How long a tensor is along one of its axes."""
         if name not in self.table:
             raise CheckpointError(f"{self.path}: looks like {self.family.name}, but {name} is missing; it is not complete, fetch it again.")
-        return tuple(self.table[name].shape)
+        if self.table[name].ndim <= axis:
+            raise CheckpointError(f"{self.path}: {name} has the shape {tuple(self.table[name].shape)}; it is damaged, fetch it again.")
+        return self.table[name].shape[axis]
 
     def _count(self, pattern: str) -> int:
         """How many different numbers stand at {n} in the names that begin so."""
@@ -149,26 +158,26 @@ class OneFile:
     def _unet(self) -> dict:
         levels, layers = self._levels()
         first = [f"{UNET}input_blocks.{1 + level * (layers + 1)}." for level in range(levels)]  # a level's first block
-        widths = [self._shape(block + "0.out_layers.3.weight")[0] for block in first]
+        widths = [self.size(block + "0.out_layers.3.weight", 0) for block in first]
         depths = [self._count(block + "1.transformer_blocks.{n}.") for block in first]
         middle = self._count(UNET + "middle_block.1.transformer_blocks.{n}.")
         inner = [depth or (middle if level == levels - 1 else 1) for level, depth in enumerate(depths)]
         config = {
             "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "layers_per_block": layers,
-            "in_channels": self._shape(UNET + "input_blocks.0.0.weight")[1], "out_channels": self._shape(UNET + "out.2.weight")[0],
+            "in_channels": self.size(UNET + "input_blocks.0.0.weight", 1), "out_channels": self.size(UNET + "out.2.weight", 0),
             "block_out_channels": widths,
             "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
             "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-            "cross_attention_dim": self._shape(UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+            "cross_attention_dim": self.size(UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
             "attention_head_dim": self.family.heads or [max(width // 64, 1) for width in widths],  # diffusers' old name for the number of heads
-            "use_linear_projection": len(self._shape(UNET + "middle_block.1.proj_in.weight")) == 2,
+            "use_linear_projection": self.table.get(UNET + "middle_block.1.proj_in.weight", torch.empty(0)).ndim == 2,
             "transformer_layers_per_block": inner[0] if len(set(inner)) == 1 else inner,
             "sample_size": self._pixels() // 8,
         }  # fmt: skip
         if self.family.name == "Stable Diffusion 2.x":
             config["upcast_attention"] = True
         if UNET + "label_emb.0.0.weight" in self.table:
-            told = self._shape(UNET + "label_emb.0.0.weight")[1]
+            told = self.size(UNET + "label_emb.0.0.weight", 1)
             config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": told}
         return config
 
@@ -176,11 +185,11 @@ class OneFile:
         levels = self._count(VAE + "encoder.down.{n}.")
         return {
             "_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 32,
-            "block_out_channels": [self._shape(f"{VAE}encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)],
+            "block_out_channels": [self.size(f"{VAE}encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)],
             "layers_per_block": self._count(VAE + "encoder.down.0.block.{n}."),
             "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "in_channels": self._shape(VAE + "encoder.conv_in.weight")[1], "out_channels": self._shape(VAE + "decoder.conv_out.weight")[0],
-            "latent_channels": self._shape(VAE + "decoder.conv_in.weight")[1], "scaling_factor": self.family.scaling_factor,
+            "in_channels": self.size(VAE + "encoder.conv_in.weight", 1), "out_channels": self.size(VAE + "decoder.conv_out.weight", 0),
+            "latent_channels": self.size(VAE + "decoder.conv_in.weight", 1), "scaling_factor": self.family.scaling_factor,
             "sample_size": self._pixels(), **({"force_upcast": True} if "XL" in self.family.pipeline else {}),
         }  # fmt: skip
 
@@ -190,19 +199,19 @@ class OneFile:
         if prefix.endswith("transformer."):
             inside = "text_model." if any(name.startswith(prefix + "text_model.") for name in self.table) else ""
             block, layers = prefix + inside + "encoder.layers.", self._count(prefix + inside + "encoder.layers.{n}.")
-            vocabulary, positions = (self._shape(f"{prefix}{inside}embeddings.{table}_embedding.weight") for table in ("token", "position"))
-            inner, more = self._shape(block + "0.mlp.fc1.weight")[0], {"hidden_act": "quick_gelu", "architectures": ["CLIPTextModel"]}
+            tokens, positions = (f"{prefix}{inside}embeddings.{table}_embedding.weight" for table in ("token", "position"))
+            inner, more = self.size(block + "0.mlp.fc1.weight", 0), {"hidden_act": "quick_gelu", "architectures": ["CLIPTextModel"]}
         else:
             layers = self._count(prefix + "transformer.resblocks.{n}.")
-            vocabulary, positions = self._shape(prefix + "token_embedding.weight"), self._shape(prefix + "positional_embedding")
-            inner, more = self._shape(prefix + "transformer.resblocks.0.mlp.c_fc.weight")[0], {"hidden_act": "gelu"}
+            tokens, positions = prefix + "token_embedding.weight", prefix + "positional_embedding"
+            inner, more = self.size(prefix + "transformer.resblocks.0.mlp.c_fc.weight", 0), {"hidden_act": "gelu"}
             if part == "text_encoder":  # SD 2.x reads the last layer but one
                 layers, more = layers - 1, {**more, "architectures": ["CLIPTextModel"]}
             else:
-                dim = self._shape(prefix + "text_projection")[1]
+                dim = self.size(prefix + "text_projection", 1)
                 more |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": dim}
-        sizes = {"vocab_size": vocabulary[0], "hidden_size": vocabulary[1], "max_position_embeddings": positions[0]}
-        heads = max(vocabulary[1] // 64, 1)  # 12, 16 and 20 in the three encoders
+        sizes = {"vocab_size": self.size(tokens, 0), "hidden_size": self.size(tokens, 1), "max_position_embeddings": self.size(positions, 0)}
+        heads = max(sizes["hidden_size"] // 64, 1)  # 12, 16 and 20 in the three encoders
         return {**common, **sizes, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
 
     def _scheduler(self) -> dict:

@@ -123,10 +123,10 @@ def openclip_tensors(tensors: dict[str, Tensor], layers: int | None = None, proj
         if name in BUFFERS or not projection and name == "text_projection" or layers is not None and block and int(block[1]) >= layers:
             continue
         new = _apply(OPENCLIP, name)
-        if "{qkv}" in new:
-            out |= {new.format(qkv=which): part.clone() for which, part in zip("qkv", tensor.chunk(3), strict=True)}  # (3 D, ...) -> 3 of (D, ...)
+        if "{qkv}" in new and tensor.ndim and tensor.shape[0] % 3 == 0:
+            out |= {new.format(qkv=which): part.clone() for which, part in zip("qkv", tensor.chunk(3))}  # (3 D, ...) -> 3 of (D, ...)
         else:
-            out[new] = tensor.T.contiguous() if name == "text_projection" else tensor
+            out[new] = tensor.T.contiguous() if name == "text_projection" and tensor.ndim == 2 else tensor
     return out
 
 

@@ -92,7 +92,7 @@ def recognise(path, table, read, global_step=None, ema=False, prediction_type=No
         raise CheckpointError(f"prediction_type is {prediction_type!r}; give one of {', '.join(PREDICTION_TYPES[:2])}.")
     zero_snr = "ztsnr" in table
     one = OneFile(Path(path), family, table, read, prediction_type or "epsilon", zero_snr, ema, tokenizer)
-    channels = one._shape(UNET + "input_blocks.0.0.weight")[1]
+    channels = one.size(UNET + "input_blocks.0.0.weight", 1)
     if channels not in (4, 9):
         raise CheckpointError(f"{path}: its U-Net reads {channels} channels; labkit opens models of 4, and of 9 (inpainting).")
     if prediction_type is None:
