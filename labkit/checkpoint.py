@@ -12,6 +12,7 @@ opens safetensors only, which run no code. Saving writes everything into a folde
 only when all of it is there. Nothing is fetched unless the name is a hub id, and then only what is needed, and only once.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from labkit.models.tokenizer import Tokenizer
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
 from labkit.models.whole import whole_folder
-from labkit.schedule import ScheduleConfig
+from labkit.schedule import Schedule, ScheduleConfig
 
 __all__ = ["Parts", "load_pipeline", "save_pipeline", "resolve", "verify_sums", "write_sums"]
 
@@ -102,8 +103,8 @@ def load_pipeline(
         unet,
         vae,
         *texts[0],
-        _in_file(source, "scheduler", formats.schedule_config),
-        str(metadata.get("name") or (path.resolve().stem if path.is_file() else path.resolve().name if Path(name).expanduser().is_dir() else name)),
+        _in_file(source, "scheduler", lambda raw: Schedule(formats.schedule_config(raw)).config),  # its tables can be made
+        str(metadata.get("name") or (path.resolve().stem if path.is_file() else path.resolve().name if Path(os.path.expanduser(name)).is_dir() else name)),
         metadata,
         *(texts[1] if texts[1:] else (None, None)),
         force_zeros="text_encoder_2" in index and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -128,7 +129,7 @@ def _check_index(source: Folder | OneFile) -> dict:
     """model_index.json without the parts that are absent; raises unless it is of Stable Diffusion's kind, made of parts labkit has."""
     raw, folder = source.index(), source.path
     if raw.get("_class_name") not in PIPELINES:
-        raise CheckpointError(f"{folder}: is a {raw.get('_class_name')}; labkit opens StableDiffusionPipeline (1.x, 2.x), StableDiffusionXLPipeline and kin.")
+        raise CheckpointError(f"{folder / 'model_index.json'}: is of a {raw.get('_class_name')}; labkit opens StableDiffusionPipeline (1.x, 2.x), StableDiffusionXLPipeline and kin.")
     index, kinds = {key: value for key, value in raw.items() if value not in (None, [None, None])}, KINDS
     if "XL" in raw["_class_name"]:
         kinds = {**KINDS, **SECOND}

@@ -9,6 +9,7 @@ had holes in torch before 2.10, so better take a safetensors file where there is
 """
 
 import math
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -37,7 +38,7 @@ def convert_checkpoint(
     Weights as `dtype`, or as they are; the other options are those of `open_one_file`. Of one file, only `ema` matters: the average takes
     the weights' names. What is there already is replaced only with `overwrite`. Raises CheckpointError; the target is complete or absent.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser().absolute()
+    source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target)).absolute()
     tensors = read_pickle(source) if source.suffix.lower() in PICKLES else None
     if tensors is None and source.suffix.lower() != ".safetensors":
         regular_size(source)

@@ -101,6 +101,8 @@ class CausalAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        if dim % heads:
+            raise LabkitError(f"{heads} attention heads cannot share {dim} channels evenly")
         self.num_heads = heads
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)

@@ -94,6 +94,6 @@ def integers(raw: dict, field: str, default, n: int, high: int = 65536) -> tuple
     """A field that is one integer for all resolutions or a list with one for each."""
     value = default if raw.get(field) is None else raw[field]
     values = [value] * n if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    if len(values) != n or n > 16:
-        raise CheckpointError(f"{field} is {value!r}; {n} integers are expected, one for each resolution.")
+    if len(values) != n or n > 8:
+        raise CheckpointError(f"{field} is {str(value)[:60]}; {min(n, 8)} integers are expected, one for each resolution (eight at most).")
     return tuple(integer({field: v}, field, 0, high) for v in values)

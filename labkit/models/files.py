@@ -68,7 +68,8 @@ def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None,
         there = ", ".join(f"variant={v!r}" if v else "variant=None" for v in sorted(found, key=str)) or "no safetensors at all"
         raise CheckpointError(f"no weights called variant {variant!r}; there is {there}.")
     if others := sorted(n for n in names if n.startswith(f"{stem}.") and n.endswith(".safetensors") and "-of-" not in n):
-        raise CheckpointError(f"no {stem}.safetensors there, but {others[0]}; say variant={others[0].removeprefix(stem).split(".")[1]!r}, or fetch the other.")
+        there = others[0].removeprefix(f"{stem}.").split(".")[0]
+        raise CheckpointError(f"no {stem}.safetensors there, but {others[0]}; say variant={there!r}, or fetch the other.")
     if pickled := sorted(n for n in names if n.endswith(PICKLES)):
         raise CheckpointError(
             f"only pickled weights ({pickled[0]}), which can run code when opened; labkit reads safetensors: take another revision "
@@ -139,19 +140,15 @@ def sound(tensor: Tensor, name: str, path: Path, device="cpu", dtype: torch.dtyp
 
 
 def check_links(root: Path) -> None:
-    """Raise CheckpointError if a file of a model's folder, or of one in it, is a link that leads out of it.
+    """Raise CheckpointError if a file of a model's folder, or of one in it, is a link that leads out of it; OSError if it cannot be looked into.
 
     A model from a stranger must not reach for files beside it. What may be elsewhere is the blobs/ of a hub cache, where the files of
     .../models--ORG--NAME/snapshots/REVISION really lie; and `root` itself may be a link, for that is what the user named.
     """
     real_root = Path(os.path.realpath(root))
     allowed = [real_root, real_root.parents[1] / "blobs"] if real_root.parent.name == "snapshots" else [real_root]
-    try:
-        inside = [path for path in root.iterdir()]
-        inside += [path for folder in inside if folder.is_dir() for path in folder.iterdir()]
-    except OSError as error:
-        raise CheckpointError(f"{root}: cannot be read ({error.strerror}).") from None
-    for path in inside:
+    inside = list(root.iterdir())
+    for path in inside + [path for folder in inside if folder.is_dir() for path in folder.iterdir()]:
         real = Path(os.path.realpath(path))
         if not any(real.is_relative_to(place) for place in allowed):
             raise CheckpointError(f"{path}: is a link out of the model's folder, to {real}, and is not followed; put the file itself there.")
@@ -201,10 +198,13 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype
     """Write tensors to one safetensors file, those of fractions as `dtype` or as they are; OSError if it cannot be written."""
     tensors = {n: t.detach().to("cpu", dtype if dtype and t.is_floating_point() else t.dtype).contiguous() for n, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask says; safetensors would let nobody else read it
     try:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers will not open a file that does not say so
     except SafetensorError as error:  # what the library calls a full disk
-        raise OSError(getattr(error, "errno", None), " ".join(str(error).split())) from None
+        raise OSError(None, " ".join(str(error).split())) from None
+    path.chmod(mode)
 
 
 def write_json(content: dict, path: Path) -> None:

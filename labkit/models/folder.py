@@ -16,11 +16,14 @@ class Folder:
 
     def __init__(self, root: Path, variant: str | None = None) -> None:
         self.path, self.variant = root, variant
-        if not (root / "model_index.json").exists():
-            if (root / "config.json").exists() and (root.parent / "model_index.json").exists():
-                raise CheckpointError(f"{root}: is one part of a model; give the folder above it, {root.parent}.")
-            raise CheckpointError(f"{root}: no model_index.json, so this is not a model in the diffusers layout; give the folder that holds it.")
-        check_links(root)
+        try:
+            if not (root / "model_index.json").exists():
+                if (root / "config.json").exists() and (root.parent / "model_index.json").exists():
+                    raise CheckpointError(f"{root}: is one part of a model; give the folder above it, {root.parent}.")
+                raise CheckpointError(f"{root}: no model_index.json, so this is not a model in the diffusers layout; give the folder that holds it.")
+            check_links(root)
+        except OSError as error:
+            raise CheckpointError(f"{root}: cannot be read ({error.strerror}).") from None
 
     def where(self, part: str) -> Path:
         """The file of a part's configuration."""

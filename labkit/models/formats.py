@@ -37,13 +37,15 @@ def unet_config(raw: dict) -> UNetConfig:
         raise CheckpointError(f"addition_embed_type is {raw['addition_embed_type']!r}; labkit's U-Net has 'text_time' (SDXL) or none.")
     added = raw.get("addition_embed_type") == "text_time"
     depths = integers(raw, "transformer_layers_per_block", 1, len(types), 64)
+    if (blocks := (2 * integer(raw, "layers_per_block", 2, 16) + 1) * sum(depths)) > 1000:  # SDXL: 65; building millions would take for ever
+        raise CheckpointError(f"transformer_layers_per_block and layers_per_block make {blocks} transformers; 1000 at most are built.")
     # diffusers' attention_head_dim is, by an old mistake, the number of heads
     heads = "num_attention_heads" if raw.get("num_attention_heads") is not None else "attention_head_dim"
     return UNetConfig(
         block_out_channels=widths,
         cross_attention=tuple(t.startswith("CrossAttn") for t in types),
         num_attention_heads=integers(raw, heads, 8, len(types)),
-        layers_per_block=integer(raw, "layers_per_block", 2, 32),
+        layers_per_block=integer(raw, "layers_per_block", 2, 16),
         cross_attention_dim=integer(raw, "cross_attention_dim", 1280),
         in_channels=integer(raw, "in_channels", 4),
         out_channels=integer(raw, "out_channels", 4),
@@ -90,7 +92,7 @@ def vae_config(raw: dict) -> VAEConfig:
         raise CheckpointError(f"scaling_factor is {scale!r}; a positive number is expected.")
     return VAEConfig(
         block_out_channels=integers(raw, "block_out_channels", (64,), len(widths) if isinstance(widths, list) else 1),
-        layers_per_block=integer(raw, "layers_per_block", 1, 32),
+        layers_per_block=integer(raw, "layers_per_block", 1, 16),
         in_channels=integer(raw, "in_channels", 3),
         out_channels=integer(raw, "out_channels", 3),
         latent_channels=integer(raw, "latent_channels", 4),

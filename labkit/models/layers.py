@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from labkit.errors import LabkitError
 from labkit.tap import Tap
 
 
@@ -65,6 +66,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, qkv_bias: bool = False) -> None:
         super().__init__()
+        if dim % heads:
+            raise LabkitError(f"{heads} attention heads cannot share {dim} channels evenly")
         self.num_heads = heads
         self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)

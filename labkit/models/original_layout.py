@@ -8,6 +8,7 @@ that of the published model of its family (single_file.py). Sources: the config 
 Podell et al. 2023 (SDXL).
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class OneFile:
         """CLIP's tokenizer, whose vocabulary is the same in all these models; CheckpointError says where to get it."""
         pad = EOS if self.family.texts[part].endswith("transformer.") else "!"  # as the published tokenizer_config.json have it
         if self.vocabulary is not None or (self.path.parent / "tokenizer").is_dir():
-            folder = Path(self.vocabulary or self.path.parent).expanduser()
+            folder = Path(os.path.expanduser(self.vocabulary or self.path.parent))
             folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
             if not folder.is_dir():
                 raise CheckpointError(f"{folder}: there is no such folder; tokenizer= is a folder with vocab.json and merges.txt.")

@@ -30,7 +30,7 @@ def resolve(name: str | Path, dtype: torch.dtype | None = None, variant: str | N
     """
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise CheckpointError(f"A model's name is a text or a path, this is {name!r}. {_possible()}")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves "~nobody" as it is
     if str(name) == "tabletop":
         path = DATA / "tabletop"
         if not path.is_dir():
@@ -99,7 +99,7 @@ def _from_hub(repo: str, dtype: torch.dtype | None, variant: str | None) -> Path
         named = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if "model_index.json" in there else {}
         _needed(there, repo, dtype, variant, {part for part in STEMS if named.get(part) not in (None, [None, None])})
         return folder
-    except (LocalEntryNotFoundError, CheckpointError, ValueError, AttributeError):
+    except (LocalEntryNotFoundError, CheckpointError, ValueError, AttributeError, RecursionError, OSError):
         pass  # nothing, or not all of it, is in the cache
     half = f".{variant}" if variant else ".fp16" if dtype == torch.float16 else ""
     wanted = ["*.json", "*.txt", *(f"{part}/{stem}{half}.safetensors" for part, stem in STEMS.items())]

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from labkit.errors import CheckpointError
@@ -21,12 +21,12 @@ def whole_folder(folder: Path, overwrite: bool = False, mark: str = "model_index
 
     One that exists is replaced only with `overwrite`, and only if it holds the file `mark`. Raises CheckpointError, also for OSErrors.
     """
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise CheckpointError(f"{folder}: exists already; choose another name, or say overwrite=True.")
-        if not (folder / mark).exists():
-            raise CheckpointError(f"{folder}: is not a model (no {mark}), so it will not be replaced; choose another name.")
     with _beside(folder) as unfinished:
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            if not overwrite:
+                raise CheckpointError(f"{folder}: exists already; choose another name, or say overwrite=True.")
+            if not (folder / mark).exists():
+                raise CheckpointError(f"{folder}: is not a model (no {mark}), so it will not be replaced; choose another name.")
         unfinished.mkdir()
         yield unfinished
         _take_the_place(unfinished, folder)
@@ -35,11 +35,11 @@ def whole_folder(folder: Path, overwrite: bool = False, mark: str = "model_index
 @contextmanager
 def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields a path to write to, which takes the name `path` when the block ends well; as `whole_folder`, but only files are replaced."""
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, a file is to be written; choose another name.")
-    if os.path.lexists(path) and not overwrite:
-        raise CheckpointError(f"{path}: exists already; choose another name, or say overwrite=True.")
     with _beside(path) as unfinished:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder, a file is to be written; choose another name.")
+        if os.path.lexists(path) and not overwrite:
+            raise CheckpointError(f"{path}: exists already; choose another name, or say overwrite=True.")
         yield unfinished
         os.replace(unfinished, path)
 
@@ -56,7 +56,9 @@ def _beside(place: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{place}: cannot be written ({error.strerror or error}); nothing was changed there.") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            unfinished.unlink()
         for parent in made:
             try:
                 parent.rmdir()
