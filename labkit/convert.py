@@ -123,11 +123,13 @@ def _opened(path: Path, tensors: dict[str, Tensor] | None, ema, prediction_type,
 
 def _write_folder(one: OneFile, folder: Path, dtype: torch.dtype | None) -> None:
     """The diffusers layout, part by part, so that one part at a time is held."""
+    tokens = {}
     for part in one.family.texts:  # first what may be missing
-        length = one.config(part)["max_position_embeddings"]
-        one.tokenizer(part, length).save_folder(folder / part.replace("text_encoder", "tokenizer"))
+        tokenizer = one.tokenizer(part, one.config(part)["max_position_embeddings"])
+        tokenizer.save_folder(folder / part.replace("text_encoder", "tokenizer"))
+        tokens[part] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}  # SDXL's pooled text is the state at EOS
     for part in one.parts:
-        write_json(one.config(part), folder / part / "config.json")
+        write_json({**one.config(part), **tokens.get(part, {})}, folder / part / "config.json")
         write_safetensors(_apart(one.tensors(part, "cpu", None)[0]), folder / part / f"{STEMS.get(part, 'model')}.safetensors", dtype)
     write_json(one.config("scheduler"), folder / "scheduler" / "scheduler_config.json")
     write_json(one.index(), folder / "model_index.json")

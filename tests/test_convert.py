@@ -14,9 +14,12 @@ from labkit import checkpoint
 from labkit.convert import convert_checkpoint, read_pickle
 from labkit.errors import CheckpointError
 from safetensors.torch import load_file, save_file
-from test_single_file import assert_draws_the_same, assert_same, save, sd1, sd2, words  # noqa: F401
+from test_single_file import assert_draws_the_same, assert_same, networks, save, sd1, sd2, words  # noqa: F401
+
+import labkit
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 
 def listing(folder: Path) -> list[str]:
@@ -51,6 +54,40 @@ def test_stable_diffusion_2_as_a_folder(sd2, words, tmp_path):  # noqa: F811
         assert_same(getattr(theirs, part).state_dict(), network.state_dict())
     assert theirs.scheduler.config.prediction_type == "v_prediction" and theirs.tokenizer.pad_token == "!"
     assert_draws_the_same(checkpoint.load_pipeline(folder), sd2[0])
+
+
+@pytest.mark.parametrize("family", ["SDXL", "the SDXL refiner"])
+def test_sdxl_from_one_file_draws_the_picture_of_diffusers(words, tmp_path, family):  # noqa: F811
+    """labkit from the file, diffusers from the folder it is converted to; both text encoders, pooled text and sizes."""
+    base = family == "SDXL"
+    narrow = {"block_out_channels": [32, 64, 64], "attention_head_dim": [1, 1, 1], "transformer_layers_per_block": [1, 1, 2], "layers_per_block": 1,
+              "cross_attention_dim": 128 if base else 64, "projection_class_embeddings_input_dim": 64 + (6 if base else 5) * 256, "sample_size": 8}  # fmt: skip
+    unet, vae, second = networks({**o.SDXL_UNET, **narrow}, {**o.SMALL_CLIP, "hidden_act": "gelu", "projection_dim": 64, "eos_token_id": 49407}, projected=True)
+    texts = {"conditioner.embedders.1.model." if base else "conditioner.embedders.0.model.": second}
+    original = o.unet_original(unet.state_dict(), unet.config) | o.vae_original(vae.state_dict(), 2) | {"denoiser.sigmas": torch.ones(1000)}
+    original |= o.openclip_original(second.state_dict(), *texts)
+    if base:
+        first = o.randomised(transformers.CLIPTextModel(transformers.CLIPTextConfig(**o.SMALL_CLIP)), 7)
+        original |= o.clip_original(first.state_dict(), "conditioner.embedders.0.transformer.")
+    path = save(original, tmp_path / "sd_xl.safetensors")
+    folder = convert_checkpoint(path, tmp_path / "sdxl", tokenizer=words)
+    theirs = (diffusers.StableDiffusionXLPipeline if base else diffusers.StableDiffusionXLImg2ImgPipeline).from_pretrained(folder)
+    assert_same(theirs.unet.state_dict(), unet.state_dict())
+    assert_same(theirs.text_encoder_2.state_dict(), second.state_dict())
+    assert theirs.vae.config.scaling_factor == 0.13025 and theirs.vae.config.force_upcast and theirs.tokenizer_2.pad_token == "!"
+    for opened in (checkpoint.load_pipeline(path, tokenizer=words), checkpoint.load_pipeline(folder)):
+        assert_same(opened.unet.state_dict(), unet.state_dict())
+        assert_same((opened.text_encoder_2 if base else opened.text_encoder).state_dict(), second.state_dict())
+    if not base:
+        assert theirs.text_encoder is None and theirs.config.requires_aesthetics_score
+        return
+    assert theirs.config.force_zeros_for_empty_prompt
+    lab = labkit.load(path, "cpu", tokenizer=words)
+    ours = lab.generate("a red ball", steps=3, guidance=5.0, height=64, width=64, progress=False).latents
+    theirs.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64, output_type="latent", generator=torch.Generator().manual_seed(0))
+    theirs.vae_scale_factor = lab.vae.config.factor
+    torch.testing.assert_close(ours, theirs("a red ball", **call).images, rtol=1e-3, atol=1e-3)
 
 
 def test_a_pickle_as_one_safetensors_file(sd1, ckpt, words, tmp_path):  # noqa: F811

@@ -196,7 +196,7 @@ class OneFile:
 
     def _text(self, part: str) -> dict:
         prefix = self.family.texts[part]
-        common = {"model_type": "clip_text_model", "layer_norm_eps": 1e-5, "bos_token_id": 49406, "eos_token_id": 49407}
+        common = {"model_type": "clip_text_model", "layer_norm_eps": 1e-5}
         if prefix.endswith("transformer."):
             inside = "text_model." if any(name.startswith(prefix + "text_model.") for name in self.table) else ""
             block, layers = prefix + inside + "encoder.layers.", self._count(prefix + inside + "encoder.layers.{n}.")
