@@ -384,8 +384,8 @@ NUMBERS = ["3", True, -1, 0, 1.5, [], {}, float("nan"), 10**400]
 @pytest.mark.parametrize("value", NUMBERS, ids=str)
 @pytest.mark.parametrize(
     "file, field",
-    [("unet/config.json", "in_channels"), ("unet/config.json", "layers_per_block"), ("vae/config.json", "latent_channels"), ("vae/config.json", "scaling_factor"),
-     ("text_encoder/config.json", "hidden_size"), ("scheduler/scheduler_config.json", "num_train_timesteps"), ("scheduler/scheduler_config.json", "beta_end")],
+    [("unet/config.json", "in_channels"), ("unet/config.json", "layers_per_block"), ("vae/config.json", "latent_channels"),
+     ("vae/config.json", "scaling_factor"), ("text_encoder/config.json", "hidden_size"), ("scheduler/scheduler_config.json", "num_train_timesteps"), ("scheduler/scheduler_config.json", "beta_end")],
 )  # fmt: skip
 def test_numbers_that_are_none_in_a_config(folder, file, field, value):
     if value == 1.5 and field == "scaling_factor":
@@ -546,7 +546,8 @@ def test_a_cache_that_may_only_be_read(saved, nobody, monkeypatch):
 def test_files_that_may_not_be_read(saved, nobody):
     if os.geteuid() != 65534:
         pytest.skip("needs root, to become somebody else")
-    as_root(lambda: (shutil.copytree(saved, nobody / "m"), (nobody / "m" / UNET).chmod(0o600), shutil.copytree(saved, nobody / "c"), (nobody / "c").chmod(0o600)))
+    as_root(lambda: (shutil.copytree(saved, nobody / "m"), (nobody / "m" / UNET).chmod(0o600)))
+    as_root(lambda: (shutil.copytree(saved, nobody / "c"), (nobody / "c").chmod(0o600)))
     refused(nobody / "m", UNET, "cannot be read (Permission denied)")
     refused(nobody / "c", "cannot be read (Permission denied)")
     refused(nobody / "c" / "unet" / "x.safetensors", "cannot be read (Permission denied)")
@@ -612,7 +613,9 @@ def test_names_that_would_break_the_line(saved, tmp_path):
     refused(os.fsdecode(raw), r"caf\udce9", "no model_index.json")
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 400, "~nobody-of-that-name/x", "\udcff", "org/" + "x" * 300, "../../..", "org/../x", "https://huggingface.co/a/b"])
+@pytest.mark.parametrize(
+    "name", ["a\0b", "x" * 300, "x/" * 400, "~nobody-of-that-name/x", "\udcff", "org/" + "x" * 300, "../../..", "org/../x", "https://huggingface.co/a/b"]
+)
 def test_names_of_no_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(name)

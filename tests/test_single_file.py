@@ -135,7 +135,8 @@ def test_wrong_twins_of_the_rules_are_seen(sd1, sd2, rule, monkeypatch):
         monkeypatch.setattr(original_names, "VAE", twin)
         got, expected = in_memory(original).tensors("vae")[0], vae.state_dict()
     elif rule == "two resnets":
-        twin = tuple((o_, {"mid_block.resnets.0.": "mid_block.resnets.1.", "mid_block.resnets.1.": "mid_block.resnets.0."}.get(n, n)) for o_, n in original_names.UNET)
+        swap = {"mid_block.resnets.0.": "mid_block.resnets.1.", "mid_block.resnets.1.": "mid_block.resnets.0."}
+        twin = tuple((old, swap.get(new, new)) for old, new in original_names.UNET)
         monkeypatch.setattr(original_names, "UNET", twin)
         got, expected = in_memory(original).tensors("unet")[0], unet.state_dict()
     elif rule == "layers per level":
