@@ -19,7 +19,7 @@ One spelling everywhere, in code and in text, as in the papers:
     alpha_bar   the product of 1 - beta up to t: how much of the signal's power is left
     sigma       sqrt((1 - alpha_bar) / alpha_bar): the noise's size beside a signal of size one
     snr         alpha_bar / (1 - alpha_bar) = 1 / sigma^2
-    c           the condition: text states, (B, L, D); `uncond` is that of the empty or negative prompt
+    c           the condition: text states, (B, L, D), SDXL's with a pooled text and sizes; `uncond` is that of the empty or negative prompt
     w           the guidance scale: eps = eps_u + w (eps_c - eps_u)
 
 Importing labkit imports almost nothing; each name and room below is opened when it is first used.
@@ -34,6 +34,7 @@ NAMES = {
     "CheckpointError": "labkit.errors",
     "LatentDiffusion": "labkit.diffusion",
     "Generation": "labkit.diffusion",
+    "convert_checkpoint": "labkit.convert",
     "listen": "labkit.tap",
     "record": "labkit.probes.record",
     "Trace": "labkit.probes.record",
@@ -42,25 +43,27 @@ NAMES = {
     "optimize": "labkit.optimize",
 }
 ROOMS = (
-    *("checkpoint", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),
+    *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),
     *("schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 
 
-def load(name="tabletop", device=None, dtype=None) -> "LatentDiffusion":  # noqa: F821
-    """Open a model: "tabletop" (shipped, checked against its SHA-256 sums), a diffusers folder, or a hub id.
+def load(name="tabletop", device=None, dtype=None, variant=None, **one_file) -> "LatentDiffusion":  # noqa: F821
+    """Open a model: "tabletop" (shipped, checked against its SHA-256 sums), a diffusers folder, one .safetensors file, or a hub id.
 
     `device`: "cpu", "cuda", "mps", or None for the best there is; `dtype`: "float32", "float16", ..., or None for what
-    suits the device. Only a hub id that is not in the local cache needs the network. Raises LabkitError (CheckpointError
-    where the files are at fault): what is wrong, in which file, and what to do.
+    suits the device; `variant`: which set of weights to read where there are several, such as "fp16"; `one_file`: for a
+    checkpoint of one file, tokenizer=FOLDER, ema=True, prediction_type="epsilon" (labkit.models.single_file). Only a hub id
+    that is not in the local cache needs the network. Raises LabkitError (CheckpointError where the files are at fault): what is
+    wrong, in which file, and what to do.
     """
     from labkit.checkpoint import load_pipeline
     from labkit.device import pick_device, pick_dtype
     from labkit.diffusion import LatentDiffusion
 
     device = pick_device(device)
-    return LatentDiffusion(**vars(load_pipeline(name, device, pick_dtype(device, dtype))))
+    return LatentDiffusion(**vars(load_pipeline(name, device, pick_dtype(device, dtype), variant, **one_file)))
 
 
 def __getattr__(name: str):

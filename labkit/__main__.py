@@ -4,6 +4,7 @@
     python -m labkit train clip|vae|diffusion|verifier|all
     python -m labkit evaluate [MODEL]
     python -m labkit info [MODEL]
+    python -m labkit convert model.ckpt FOLDER|model.safetensors
 
 Bad input is one line on stderr and exit code 2, an interrupt is 130. `generate` writes all of its files or none: they
 are made in a folder beside their places and moved there when the last one is complete.
@@ -82,6 +83,15 @@ def parser() -> argparse.ArgumentParser:
 
     it = command("info", info, "Say what a model is made of.")
     model_options(it, "model")
+
+    it = command("convert", convert, "Make a diffusers folder, or a safetensors file, of an original one-file checkpoint; no code of a .ckpt is run.")
+    it.add_argument("source", help="a .safetensors or .ckpt in the original layout")
+    it.add_argument("target", help="a folder, or a name ending in .safetensors")
+    it.add_argument("--ema", action="store_true", help="take the moving average of the U-Net, where the file has one")
+    it.add_argument("--predicts", choices=("epsilon", "v_prediction"), help="what the network predicts (default: v for Stable Diffusion 2.x, else epsilon)")
+    it.add_argument("--tokenizer", metavar="DIR", help="a folder with vocab.json and merges.txt (default: the cache's)")
+    it.add_argument("--half", action="store_true", help="write float16 weights")
+    it.add_argument("--overwrite", action="store_true", help="replace what is there")
     return top
 
 
@@ -159,14 +169,26 @@ def info(a: argparse.Namespace) -> None:
     lab = labkit.load(a.model, a.device)
     schedule, side = lab.schedule_config, lab.unet.config.sample_size * lab.vae.config.factor
     print(f"{lab.name}: {side} x {side} pixels, {lab.vae.config.factor} pixels a latent, {lab.dtype} on {lab.device}")
-    for part in ("text_encoder", "unet", "vae"):
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         network = getattr(lab, part)
-        print(f"  {part:13} {sum(p.numel() for p in network.parameters()):>13,} parameters")
-    print(f"  {'tokenizer':13} {len(lab.tokenizer):>13,} tokens, {lab.tokenizer.max_length} a prompt, start and end included")
-    print(f"  {'schedule':13} {schedule.beta_schedule}, {schedule.num_train_timesteps} timesteps, predicts {schedule.prediction_type}")
-    print(f"  {'defaults':13} {', '.join(f'{key} {value}' for key, value in lab.defaults.items())}")
+        if network is None:
+            continue
+        print(f"  {part:14} {sum(p.numel() for p in network.parameters()):>13,} parameters")
+    print(f"  {'tokenizer':14} {len(lab.tokenizer):>13,} tokens, {lab.tokenizer.max_length} a prompt, start and end included")
+    print(f"  {'schedule':14} {schedule.beta_schedule}, {schedule.num_train_timesteps} timesteps, predicts {schedule.prediction_type}")
+    print(f"  {'defaults':14} {', '.join(f'{key} {value}' for key, value in lab.defaults.items())}")
     if lab.vocabulary:
         print(textwrap.fill(f"knows {len(lab.vocabulary)} words: {' '.join(sorted(lab.vocabulary))}", 100, initial_indent="  ", subsequent_indent="    "))
+
+
+def convert(a: argparse.Namespace) -> None:
+    import torch
+
+    from labkit.convert import convert_checkpoint
+
+    dtype = torch.float16 if a.half else None
+    options = {"ema": a.ema, "prediction_type": a.predicts, "tokenizer": a.tokenizer}
+    print(f"{convert_checkpoint(a.source, a.target, dtype=dtype, overwrite=a.overwrite, **options)} is complete")
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     model_index.json                              which part is of which kind
     unet/ vae/        config.json, diffusion_pytorch_model.safetensors
-    text_encoder/     config.json, model.safetensors
-    tokenizer/        vocab.json, merges.txt, ...
+    text_encoder/     config.json, model.safetensors          SDXL also has a text_encoder_2/ (its refiner has only that one)
+    tokenizer/        vocab.json, merges.txt, ...             and a tokenizer_2/
     scheduler/        scheduler_config.json       the noise schedule
     labkit.json                                   ours, optional: name, defaults, closed vocabulary
 
@@ -12,23 +12,28 @@ opens safetensors only, which run no code. Saving writes everything into a folde
 only when all of it is there. Nothing is fetched unless the name is a hub id, and then only what is needed, and only once.
 """
 
-import shutil
-import uuid
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from labkit.device import vae_dtype
 from labkit.errors import CheckpointError, LabkitError
 from labkit.models import formats
 from labkit.models.clip import CLIPText
-from labkit.models.files import fill, read_json, read_tensors, write_json, write_safetensors
+from labkit.models.files import fill, write_json, write_safetensors
+from labkit.models.folder import Folder
+from labkit.models.original_layout import OneFile
+from labkit.models.single_file import open_one_file
 from labkit.models.sources import DATA, STEMS, resolve, verify_sums, write_sums
 from labkit.models.tokenizer import Tokenizer
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
-from labkit.schedule import ScheduleConfig
+from labkit.models.whole import whole_folder
+from labkit.schedule import Schedule, ScheduleConfig
 
 __all__ = ["Parts", "load_pipeline", "save_pipeline", "resolve", "verify_sums", "write_sums"]
 
@@ -39,12 +44,17 @@ KINDS = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "DDIMScheduler"],
 }
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+SECOND = {"text_encoder_2": ["transformers", formats.WITH_PROJECTION], "tokenizer_2": ["transformers", "CLIPTokenizer"]}  # SDXL
+PIPELINES = tuple(f"StableDiffusion{xl}{task}Pipeline" for xl in ("", "XL") for task in ("", "Img2Img", "Inpaint"))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a checkpoint holds: the three networks, the tokenizer, the noise schedule, a name, and labkit.json as it stands."""
+    """What a checkpoint holds: the networks, tokenizers, the noise schedule, a name, and labkit.json as it stands.
+
+    SDXL has two text encoders. Its refiner has one, which is `text_encoder` here, though its folder is text_encoder_2.
+    `force_zeros`: an empty negative prompt is zeros in place of states (model_index.json: force_zeros_for_empty_prompt).
+    """
 
     unet: UNet
     vae: VAE
@@ -53,28 +63,53 @@ class Parts:
     schedule_config: ScheduleConfig
     name: str
     metadata: dict = field(default_factory=dict)
+    text_encoder_2: CLIPText | None = None
+    tokenizer_2: Tokenizer | None = None
+    force_zeros: bool = False
 
 
-def load_pipeline(name: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> Parts:
-    """The parts of the model called `name`: "tabletop", a folder, or a hub id; on `device`, as `dtype` (None: as in the file)."""
-    folder = resolve(name, dtype)
-    if folder.resolve() == (DATA / "tabletop").resolve():
-        verify_sums(folder)
-    _check_index(folder)
-    unet = _network(folder, "unet", formats.unet_config, UNet, lambda tensors: tensors, device, dtype)
-    vae = _network(folder, "vae", formats.vae_config, VAE, formats.vae_names, device, dtype)
-    text = _network(folder, "text_encoder", formats.text_config, CLIPText, formats.text_names, device, dtype)
-    metadata = read_json(folder / "labkit.json") if (folder / "labkit.json").exists() else {}
+def load_pipeline(
+    name: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, variant: str | None = None, **one_file
+) -> Parts:
+    """The parts of the model called `name`: "tabletop", a folder, one file, or a hub id; on `device`, as `dtype` (None: as in the file).
+
+    `variant` asks for one set of weights by name ("fp16"); raises CheckpointError, which lists what there is, if one part has none.
+    `one_file` are the options of `open_one_file`, for a checkpoint of one file: ema, prediction_type, tokenizer.
+    """
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
+        raise CheckpointError(f"variant is {variant!r}; give a name such as 'fp16', or None.")
+    path = resolve(name, dtype, variant)
+    if one_file and path.is_dir():
+        raise CheckpointError(f"{path}: {', '.join(one_file)} is for a checkpoint of one file; in a folder its own files say it.")
+    if path.resolve() == (DATA / "tabletop").resolve():
+        verify_sums(path)
+    source = open_one_file(path, **one_file) if path.is_file() else Folder(path, variant)
+    index = _check_index(source)
+
+    def network(part: str, config, build, rename, dtype=dtype) -> nn.Module:
+        file = source.tensors(part, "meta", dtype)[1]
+        return fill(lambda: build(config), lambda where: rename(source.tensors(part, where, dtype)[0]), device, file)
+
+    def text(part: str) -> tuple[CLIPText, Tokenizer]:
+        config = _in_file(source, part, lambda raw: formats.text_config(raw, index[part][1]))
+        return network(part, config, CLIPText, formats.text_names), source.tokenizer(part, config.max_position_embeddings)
+
+    vae_config = _in_file(source, "vae", formats.vae_config)
+    unet = network("unet", _in_file(source, "unet", formats.unet_config), UNet, dict)
+    vae = network("vae", vae_config, VAE, formats.vae_names, vae_dtype(dtype, vae_config.force_upcast))
+    texts = [text(part) for part in ("text_encoder", "text_encoder_2") if part in index]
+    metadata = _checked_metadata(source)
     parts = Parts(
         unet,
         vae,
-        text,
-        Tokenizer.from_folder(folder / "tokenizer", max_length=text.config.max_position_embeddings),
-        _in_file(folder / "scheduler" / "scheduler_config.json", formats.schedule_config),
-        str(metadata.get("name") or (folder.resolve().name if Path(name).expanduser().is_dir() else name)),
+        *texts[0],
+        _in_file(source, "scheduler", lambda raw: Schedule(formats.schedule_config(raw)).config),  # its tables can be made
+        str(metadata.get("name") or (path.resolve().stem if path.is_file() else path.resolve().name if Path(os.path.expanduser(name)).is_dir() else name)),
         metadata,
+        *(texts[1] if texts[1:] else (None, None)),
+        force_zeros="text_encoder_2" in index and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    _fit_together(parts, folder)
+    _fit_together(parts, path)
     return parts
 
 
@@ -85,97 +120,114 @@ def save_pipeline(lab, folder: str | Path, dtype: torch.dtype | None = None, ove
     holds a model. Raises CheckpointError.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise CheckpointError(f"{folder}: exists already; choose another name, or say overwrite=True.")
-        if not (folder / "model_index.json").exists():
-            raise CheckpointError(f"{folder}: is not a model (no model_index.json), so it will not be replaced; choose another name.")
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    try:
-        unfinished.mkdir(parents=True)
+    with whole_folder(folder, overwrite) as unfinished:
         _write_parts(lab, unfinished, dtype)
-        _take_the_place(unfinished, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}); nothing was changed there.") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _check_index(folder: Path) -> None:
-    """Raise unless model_index.json is that of a pipeline of Stable Diffusion's kind, made of parts that labkit has."""
-    if not (folder / "model_index.json").exists():
-        if (folder / "config.json").exists() and (folder.parent / "model_index.json").exists():
-            raise CheckpointError(f"{folder}: is one part of a model; give the folder above it, {folder.parent}.")
-        raise CheckpointError(f"{folder}: no model_index.json, so this is not a model in the diffusers layout; give the folder that holds it.")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") not in PIPELINES:
-        raise CheckpointError(f"{folder}: is a {index.get('_class_name')}; labkit opens {PIPELINES[0]} (Stable Diffusion 1.x and 2.x).")
-    for part, kind in KINDS.items():
+def _check_index(source: Folder | OneFile) -> dict:
+    """model_index.json without the parts that are absent; raises unless it is of Stable Diffusion's kind, made of parts labkit has."""
+    raw, folder = source.index(), source.path
+    if raw.get("_class_name") not in PIPELINES:
+        raise CheckpointError(f"{folder / 'model_index.json'}: is of a {raw.get('_class_name')}; labkit opens StableDiffusionPipeline (1.x, 2.x), StableDiffusionXLPipeline and kin.")
+    index, kinds = {key: value for key, value in raw.items() if value not in (None, [None, None])}, KINDS
+    if "XL" in raw["_class_name"]:
+        kinds = {**KINDS, **SECOND}
+        if not {"text_encoder", "tokenizer"} & set(index):  # the refiner
+            kinds = {part: kind for part, kind in kinds.items() if part not in ("text_encoder", "tokenizer")}
+    for part, kind in kinds.items():
         found = index.get(part)
         if not isinstance(found, list) or len(found) != 2 or None in found:
-            raise CheckpointError(f"{folder / 'model_index.json'}: names no {part}; a complete model has {', '.join(KINDS)}.")
+            raise CheckpointError(f"{folder / 'model_index.json'}: names no {part}; a complete model has {', '.join(kinds)}.")
         if part in STEMS and found[1] != kind[1]:
             raise CheckpointError(f"{folder / 'model_index.json'}: {part} is a {found[1]}; labkit has a {kind[1]}.")
+    return {key: value for key, value in index.items() if key in kinds or key not in {**KINDS, **SECOND}}
 
 
-def _network(folder: Path, part: str, to_config, build, rename, device, dtype) -> nn.Module:
-    config = _in_file(folder / part / "config.json", to_config)
-    tensors, path = read_tensors(folder / part, STEMS[part], device, dtype)
-    return fill(lambda: build(config), rename(tensors), path)
-
-
-def _in_file(path: Path, to_config):
-    """A config made of a JSON file; whatever is wrong with it is said with the file's name in front."""
-    raw = read_json(path)
+def _in_file(source: Folder | OneFile, part: str, to_config):
+    """A config made of a part's JSON file; whatever is wrong with it is said with the file's name in front."""
+    raw = source.config(part)
     try:
         return to_config(raw)
-    except (LabkitError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (LabkitError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{source.where(part)}: {error}") from None
+
+
+def _checked_metadata(source: Folder | OneFile) -> dict:
+    """labkit.json, in which "defaults" is a table and "vocabulary" a list of words; {} without one."""
+    metadata = source.metadata()
+    for key, kind, what in (("defaults", dict, "a table of options"), ("vocabulary", list, "a list of words")):
+        if metadata.get(key) is not None and not isinstance(metadata[key], kind):
+            raise CheckpointError(f"{source.path / 'labkit.json'}: {key} is {metadata[key]!r}; {what} is expected.")
+    if not all(isinstance(word, str) for word in metadata.get("vocabulary") or ()):
+        raise CheckpointError(f"{source.path / 'labkit.json'}: vocabulary must be a list of words.")
+    return metadata
+
+
+def _texts(lab) -> list[tuple[str, CLIPText, Tokenizer]]:
+    """The text encoders with their tokenizers and the ending of their folders' names: "", and "_2" for one with a projection."""
+    first = ("_2" if lab.text_encoder.config.projection_dim else "", lab.text_encoder, lab.tokenizer)
+    second = getattr(lab, "text_encoder_2", None)
+    return [first] if second is None else [first, ("_2", second, lab.tokenizer_2)]
 
 
 def _fit_together(parts: Parts, folder: Path) -> None:
-    unet, vae, text = parts.unet.config, parts.vae.config, parts.text_encoder.config
+    unet, latent, texts = parts.unet.config, parts.vae.config.latent_channels, _texts(parts)
+    width = sum(encoder.config.hidden_size for _, encoder, _ in texts)
+    pooled, per_size, told = texts[-1][1].config.projection_dim, unet.addition_time_embed_dim, unet.projection_class_embeddings_input_dim
     for found, expected, what in (
-        (unet.in_channels, vae.latent_channels, "channels go into the U-Net, but the VAE's latents have"),
-        (unet.out_channels, vae.latent_channels, "channels come out of the U-Net, but the VAE's latents have"),
-        (unet.cross_attention_dim, text.hidden_size, "numbers per token are what the U-Net reads, but the text encoder gives"),
+        (unet.in_channels, (latent, 2 * latent + 1), "channels go into the U-Net, but the VAE's latents have"),  # 2 n + 1: inpainting
+        (unet.out_channels, (latent,), "channels come out of the U-Net, but the VAE's latents have"),
+        (unet.cross_attention_dim, (width,), "numbers per token are what the U-Net reads, but the text encoder gives"),
     ):
-        if found != expected:
-            raise CheckpointError(f"{folder}: {found} {what} {expected}; these parts are of different models (or of one for inpainting).")
-    largest = max(parts.tokenizer.vocab.values())
-    if largest >= text.vocab_size:
-        raise CheckpointError(f"{folder}: the tokenizer goes up to token {largest}, the text encoder knows {text.vocab_size}; they do not belong together.")
+        if found not in expected:
+            raise CheckpointError(f"{folder}: {found} {what} {expected[0]}; these parts are of different models.")
+    if bool(pooled) != bool(per_size) or (pooled and told - pooled not in (5 * per_size, 6 * per_size)):
+        raise CheckpointError(
+            f"{folder}: the U-Net reads {told or 'no'} numbers beside the text states, the text encoder gives {pooled or 'no'} and the sizes five or six "
+            f"times {per_size or 0}; these parts are of different models."
+        )
+    for _, encoder, tokenizer in texts:
+        largest, known = max(tokenizer.vocab.values()), encoder.config.vocab_size
+        if largest >= known:
+            raise CheckpointError(f"{folder}: the tokenizer goes up to token {largest}, the text encoder knows {known}; they do not belong together.")
+    if len({tokenizer.max_length for _, _, tokenizer in texts}) > 1:
+        raise CheckpointError(f"{folder}: the two tokenizers make sequences of different lengths; they do not belong together.")
 
 
 def _write_parts(lab, folder: Path, dtype: torch.dtype | None) -> None:
-    tok = lab.tokenizer
-    text = formats.text_to_transformers(lab.text_encoder.config, tok.bos_id, tok.eos_id, tok.pad_id)
     write_json(formats.unet_to_diffusers(lab.unet.config), folder / "unet" / "config.json")
     write_json(formats.vae_to_diffusers(lab.vae.config), folder / "vae" / "config.json")
-    write_json(text, folder / "text_encoder" / "config.json")
     write_json(formats.schedule_to_diffusers(lab.schedule_config), folder / "scheduler" / "scheduler_config.json")
-    tok.save_folder(folder / "tokenizer")
-    for part, rename in (("unet", dict), ("vae", dict), ("text_encoder", formats.text_names_saved)):
-        tensors = rename(getattr(lab, part).state_dict())
-        write_safetensors(tensors, folder / part / f"{STEMS[part]}.safetensors", dtype)
-    absent = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
-    # the oldest diffusers that labkit is tested to agree with; diffusers itself is never imported here
-    index = {"_class_name": PIPELINES[0], "_diffusers_version": "0.38.0", "requires_safety_checker": False}
-    write_json({**index, **KINDS, **absent}, folder / "model_index.json")
+    for part in ("unet", "vae"):
+        write_safetensors(getattr(lab, part).state_dict(), folder / part / f"{STEMS[part]}.safetensors", dtype)
+    for end, encoder, tok in _texts(lab):
+        config = formats.text_to_transformers(encoder.config, tok.bos_id, tok.eos_id, tok.pad_id)
+        write_json(config, folder / f"text_encoder{end}" / "config.json")
+        tensors = formats.text_names_saved(encoder.state_dict())
+        write_safetensors(tensors, folder / f"text_encoder{end}" / f"{STEMS['text_encoder']}.safetensors", dtype)
+        tok.save_folder(folder / f"tokenizer{end}")
+    write_json(_index(lab), folder / "model_index.json")
     write_json({**(getattr(lab, "metadata", None) or {}), "name": lab.name}, folder / "labkit.json")
 
 
-def _take_the_place(unfinished: Path, folder: Path) -> None:
-    """Rename; a folder that is there already is set aside first, and put back if the renaming fails."""
-    if not folder.exists():
-        unfinished.rename(folder)
-        return
-    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-    folder.rename(aside)
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _index(lab) -> dict:
+    """model_index.json: the pipeline of diffusers that these parts make, and the classes of the parts."""
+    texts, unet = _texts(lab), lab.unet.config
+    inpaint = "Inpaint" if unet.in_channels != unet.out_channels else ""
+    # the oldest diffusers that labkit is tested to agree with; diffusers itself is never imported here
+    index = {"_diffusers_version": "0.38.0", **{part: KINDS[part] for part in ("unet", "vae", "scheduler")}}
+    for end, encoder, _ in texts:
+        index[f"text_encoder{end}"] = ["transformers", formats.text_kind(encoder.config)]
+        index[f"tokenizer{end}"] = KINDS["tokenizer"]
+    absent = {part: [None, None] for part in ("feature_extractor", "image_encoder")}
+    if not unet.addition_time_embed_dim:
+        absent |= {"safety_checker": [None, None], "requires_safety_checker": False}
+        return {"_class_name": f"StableDiffusion{inpaint}Pipeline", **index, **absent}
+    if len(texts) == 1:
+        absent |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    index["force_zeros_for_empty_prompt"] = getattr(lab, "force_zeros", False)
+    scored = unet.projection_class_embeddings_input_dim == texts[-1][1].config.projection_dim + 5 * unet.addition_time_embed_dim
+    if scored or inpaint:
+        index["requires_aesthetics_score"] = scored
+    return {"_class_name": f"StableDiffusionXL{inpaint or ('Img2Img' if scored else '')}Pipeline", **index, **absent}

@@ -43,14 +43,16 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
-    """The floating-point type of the weights: `dtype`, or for None float16 on CUDA and float32 elsewhere.
+    """The floating-point type of the weights: `dtype`, or for None a half one on CUDA and float32 elsewhere.
 
-    Raises LabkitError if the type is unknown or the device cannot compute with it.
+    The half one is bfloat16 where the GPU computes with it (Ampere, 2020, and later): it has float32's range, so that no
+    activation becomes infinite, as some of SD 2's attention and SDXL's VAE do in float16. Older GPUs get float16. Raises
+    LabkitError if the type is unknown or the device cannot compute with it.
     """
     device = torch.device(device)
     if dtype is None:
         # half is never the default off CUDA: slow on a CPU, and a source of black images on MPS
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return _half(device) if device.type == "cuda" else torch.float32
     known = DTYPES.get(str(dtype).removeprefix("torch."))
     if known is None:
         raise LabkitError(f"Unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}.")
@@ -67,6 +69,19 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def vae_dtype(dtype: torch.dtype | None, force_upcast: bool | None) -> torch.dtype | None:
+    """The type of the VAE's weights in a model of type `dtype`: float32 in place of float16 where its config asks for it.
+
+    SDXL's activations exceed 65504, the end of float16, and the picture is NaN; bfloat16 has float32's range and stays.
+    """
+    return torch.float32 if force_upcast and dtype is torch.float16 else dtype
+
+
+def _half(device: torch.device) -> torch.dtype:
+    """bfloat16 or float16, whichever this CUDA device is made for; compute capability 8.0 is Ampere."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 class Noise:

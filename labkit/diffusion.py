@@ -23,6 +23,7 @@ from labkit.device import Noise
 from labkit.errors import LabkitError
 from labkit.guidance import classifier_free
 from labkit.models.clip import CLIPText
+from labkit.models.condition import Condition, check_sizes, encode, silenced, sizes_told, usual_sizes
 from labkit.models.tokenizer import WORDS, Tokenizer, normalise
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
@@ -75,14 +76,17 @@ class LatentDiffusion:
     """The parts of a model and what they do together: `generate`, `steps`, `decode`, `encode_image`, `encode_text`.
 
     `metadata` is labkit.json: "defaults" (steps, guidance, sampler) and "vocabulary", the only words that a model of a
-    closed world knows. `layout` says what the rows of the U-Net call in progress are; outside of one it is None.
+    closed world knows. SDXL has two text encoders; `force_zeros` says that its empty negative prompt is zeros. `layout`
+    says what the rows of the U-Net call in progress are; outside of one it is None.
     """
 
     def __init__(
         self, unet: UNet, vae: VAE, text_encoder: CLIPText, tokenizer: Tokenizer, schedule_config: ScheduleConfig,
-        name: str = "model", metadata: dict | None = None,
+        name: str = "model", metadata: dict | None = None, text_encoder_2: CLIPText | None = None, tokenizer_2: Tokenizer | None = None,
+        force_zeros: bool = False,
     ):  # fmt: skip
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2, self.force_zeros = text_encoder_2, tokenizer_2, force_zeros
         self.schedule_config, self.schedule = schedule_config, Schedule(schedule_config)
         self.name, self.metadata = name, metadata or {}
         self.defaults = {**DEFAULTS, **self.metadata.get("defaults", {})}
@@ -97,6 +101,12 @@ class LatentDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def texts(self) -> list[tuple[CLIPText, Tokenizer]]:
+        """The text encoders, each with its tokenizer: one, or SDXL's two."""
+        both = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
+        return [pair for pair in both if pair[0] is not None]
+
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -108,33 +118,35 @@ class LatentDiffusion:
         width: int | None = None,
         sampler: str | None = None,
         progress: bool = True,
+        sizes: Sequence[float] | None = None,
     ) -> Generation:
         """Draw pictures of a prompt, or of several; None means the model's own default.
 
         `prompt`, `guidance`, `seed` and `negative_prompt` are one value for all pictures or a list with one for each;
-        `height` and `width` are pixels. The same seed gives the same picture in any batch, and in diffusers. Raises
-        LabkitError if any of it cannot be.
+        `height` and `width` are pixels. The same seed gives the same picture in any batch, and in diffusers. `sizes` is what
+        SDXL is told, in pixels: original height, width, crop top, left, target height, width (its refiner: an aesthetic score
+        in place of the last two); None is height, width, 0, 0, height, width. Raises LabkitError if any of it cannot be.
         """
         from tqdm.auto import tqdm
 
-        recipe = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler)
+        recipe = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes)
         for step in tqdm(self.steps(**recipe), total=recipe["steps"], desc=self.name, disable=not progress):
             pass
         return Generation(to_pil(self.decode(step.x)), step.x, recipe, self.name)
 
     def steps(
-        self, prompt, steps=None, guidance=None, seed=0, negative_prompt="", height=None, width=None, sampler=None
+        self, prompt, steps=None, guidance=None, seed=0, negative_prompt="", height=None, width=None, sampler=None, sizes=None
     ) -> Iterator[Step]:
         """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`."""
-        plan = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler)
+        plan = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes)
         f = self.vae.config.factor
         size = (plan["height"] // f, plan["width"] // f)
         order = {t: i for i, t in enumerate(self.schedule.timesteps(plan["steps"]).tolist())}
-        c, uncond = self.encode_text(plan["prompt"]), self.encode_text(plan["negative_prompt"])  # (B, L, D)
+        c, uncond = self._conditions(plan)  # (B, L, D)
         noise = Noise(plan["seed"], (self.unet.config.in_channels, *size))
         B = len(noise.seeds)
 
-        def network(x_t: Tensor, t: int, c: Tensor) -> Tensor:
+        def network(x_t: Tensor, t: int, c: Tensor | Condition) -> Tensor:
             texts = tuple(plan["prompt"]), tuple(plan["negative_prompt"])
             self.layout = Layout(denoise.branches, B, order.get(t, -1), t, len(order), size, *texts)
             try:
@@ -174,18 +186,41 @@ class LatentDiffusion:
         return z.to(torch.promote_types(z.dtype, torch.float32))  # (B, 4, h, w)
 
     @torch.no_grad()
-    def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
-        """Text states (B, L, D) of prompts; LabkitError names what is too long or not in a closed vocabulary."""
+    def encode_text(self, prompts: str | Sequence[str], sizes: Sequence[float] | None = None) -> Tensor | Condition:
+        """Text states (B, L, D) of prompts, for SDXL a Condition; LabkitError names what is too long or not in a closed vocabulary.
+
+        `sizes` as in `generate`; None is those of a picture of the model's own size.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
             self._check_text(prompt)
-        return self.text_encoder(self.tokenizer(prompts).to(self.device)).to(self.dtype)  # (B, L, D)
+        if not self._sizes_told and sizes is None:
+            return encode(self.texts, prompts).to(self.dtype)  # (B, L, D)
+        side = self.unet.config.sample_size * self.vae.config.factor
+        usual = usual_sizes(self._sizes_told, side, side)[0]
+        sizes = usual if sizes is None else check_sizes(sizes, usual)
+        return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
+
+    def _conditions(self, plan: dict) -> tuple[Tensor | Condition, Tensor | Condition]:
+        """What the pictures of a recipe are told in the branches "cond" and "uncond"."""
+        usual = usual_sizes(self._sizes_told, plan["height"], plan["width"])
+        asked = plan.get("sizes")
+        # of what the user says, the branches share all but the refiner's aesthetic score
+        told = usual if asked is None else (asked, (*asked[:4], *usual[1][4:]) if self._sizes_told == 5 else asked)
+        c, uncond = self.encode_text(plan["prompt"], told[0] or None), self.encode_text(plan["negative_prompt"], told[1] or None)
+        if self.force_zeros:
+            uncond = silenced(uncond, torch.tensor([text == "" for text in plan["negative_prompt"]], device=self.device))
+        return c, uncond
+
+    @property
+    def _sizes_told(self) -> int:
+        return sizes_told(self.unet.config, self.texts[-1][0].config)
 
     def _check_text(self, text: str) -> None:
-        rest = self.tokenizer.cut(text)
-        if rest:
-            n = self.tokenizer.max_length - 2
-            raise LabkitError(f"The prompt is too long: the model reads {n} tokens, {rest!r} is cut off. Shorten it.")
+        for _, tokenizer in self.texts:
+            if rest := tokenizer.cut(text):
+                n = tokenizer.max_length - 2
+                raise LabkitError(f"The prompt is too long: the model reads {n} tokens, {rest!r} is cut off. Shorten it.")
         said = WORDS.findall(normalise(text)[0]) if self.vocabulary else ()
         unknown = [word for word in dict.fromkeys(said) if word not in self.vocabulary]
         if unknown:
@@ -195,8 +230,13 @@ class LatentDiffusion:
             names = ", ".join(map(repr, unknown))
             raise LabkitError(f"{self.name} does not know {names}.{hint} It knows these words: {' '.join(known)}")
 
-    def _recipe(self, prompt, steps, guidance, seed, negative_prompt, height, width, sampler) -> dict:
+    def _recipe(self, prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes) -> dict:
         """The arguments of `generate` completed and checked: one prompt, seed and negative prompt for each picture."""
+        if (n := self.unet.config.in_channels) != self.vae.config.latent_channels:
+            raise LabkitError(
+                f"{self.name} is made for inpainting: its U-Net reads {n} channels (latents, mask, latents of the masked picture), so it cannot draw from "
+                "words alone; what works is lab.unet(x, t, c) with all of them, lab.encode_text, lab.encode_image and lab.decode."
+            )
         guidance = self.defaults["guidance"] if guidance is None else guidance
         lists = {"prompt": _listed(prompt), "seed": _listed(seed), "negative_prompt": _listed(negative_prompt)}
         if isinstance(guidance, (list, tuple)) or getattr(guidance, "ndim", 0):
@@ -221,6 +261,7 @@ class LatentDiffusion:
             **{"guidance": guidance, **lists}, "steps": steps, "sampler": sampler,
             "height": self._side("height", side if height is None else height),
             "width": self._side("width", side if width is None else width),
+            **({"sizes": check_sizes(sizes, usual_sizes(self._sizes_told, side, side)[0])} if sizes is not None else {}),
         }  # fmt: skip
 
     def _side(self, field: str, pixels: int) -> int:

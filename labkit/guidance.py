@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from labkit.errors import LabkitError
+from labkit.models.condition import Condition, for_batch, joined
 from labkit.samplers.step import Denoiser
 
-Model = Callable[[Tensor, int | Tensor, Tensor], Tensor]  # eps = model(x_t, t, c)
+Model = Callable[[Tensor, int | Tensor, Tensor | Condition], Tensor]  # eps = model(x_t, t, c)
 
 
-def conditioned(model: Model, c: Tensor) -> Denoiser:
+def conditioned(model: Model, c: Tensor | Condition) -> Denoiser:
     """The denoiser eps = model(x_t, t, c), with c (B, L, D), or (1, L, D) for all images alike; one branch, "cond".
 
     Raises LabkitError, when called, if c does not fit the batch.
@@ -29,7 +30,7 @@ def conditioned(model: Model, c: Tensor) -> Denoiser:
     return _one_branch(model, c, "cond")
 
 
-def classifier_free(model: Model, c: Tensor, uncond: Tensor, w: float | Tensor) -> Denoiser:
+def classifier_free(model: Model, c: Tensor | Condition, uncond: Tensor | Condition, w: float | Tensor) -> Denoiser:
     """The denoiser eps_u + w (eps_c - eps_u), in one network call on the rows [uncond of B images, cond of B images].
 
     c and uncond: (B, L, D), or (1, L, D) for all images alike; w: a number, or (B,), one an image. Where every w is 1
@@ -49,7 +50,7 @@ def classifier_free(model: Model, c: Tensor, uncond: Tensor, w: float | Tensor) 
 
     def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
         B = len(x_t)
-        rows = torch.cat([_for_batch(uncond, B), _for_batch(c, B)])                      # (2B, L, D)
+        rows = joined(for_batch(uncond, B), for_batch(c, B))                             # (2B, L, D)
         eps = model(torch.cat([x_t, x_t]), _both(t), rows)                               # (2B, C, h, w)
         eps_u, eps_c = eps.chunk(2)                                                      # (B, C, h, w) each
         return eps_u + _like(w, x_t) * (eps_c - eps_u)                                   # (B, C, h, w)
@@ -58,18 +59,12 @@ def classifier_free(model: Model, c: Tensor, uncond: Tensor, w: float | Tensor) 
     return denoise
 
 
-def _one_branch(model: Model, c: Tensor, name: str) -> Denoiser:
+def _one_branch(model: Model, c: Tensor | Condition, name: str) -> Denoiser:
     def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
-        return model(x_t, t, _for_batch(c, len(x_t)))
+        return model(x_t, t, for_batch(c, len(x_t)))
 
     denoise.branches = (name,)
     return denoise
-
-
-def _for_batch(c: Tensor, B: int) -> Tensor:
-    if len(c) not in (1, B):
-        raise LabkitError(f"{len(c)} conditions for a batch of {B} images: give one, or one for each image.")
-    return c.expand(B, *c.shape[1:])
 
 
 def _both(t: int | Tensor) -> int | Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from labkit.device import Noise, pick_device, pick_dtype
+from labkit.device import Noise, pick_device, pick_dtype, vae_dtype
 from labkit.errors import LabkitError
 
 
@@ -26,9 +26,31 @@ def test_unknown_or_absent_device_is_one_line(name):
 
 def test_dtype_defaults_and_names():
     assert pick_dtype("cpu") is torch.float32
-    assert pick_dtype(torch.device("cuda")) is torch.float16
     assert pick_dtype("mps") is torch.float32
     assert pick_dtype("cpu", "bfloat16") is pick_dtype("cpu", torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_dtype_of_a_gpu_is_the_half_one_it_is_made_for(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_dtype("cuda") is pick_dtype(torch.device("cuda:0")) is dtype
+    assert pick_dtype("cuda", "float32") is torch.float32
+
+
+@pytest.mark.parametrize(
+    "dtype, force_upcast, expected",
+    [
+        (torch.float16, True, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.float16, None, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float32, True, torch.float32),
+        (None, True, None),
+    ],
+)
+def test_dtype_of_the_vae(dtype, force_upcast, expected):
+    assert vae_dtype(dtype, force_upcast) is expected
 
 
 @pytest.mark.parametrize("device, dtype", [("cpu", "int8"), ("cpu", "float"), ("cpu", torch.int64), ("mps", "float64")])

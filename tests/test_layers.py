@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "tap", "device"},
     {"schedule"},
     {"models"},
-    {"checkpoint", "samplers"},
+    {"checkpoint", "convert", "samplers"},
     {"guidance"},
     {"diffusion"},
     {"optimize", "probes", "editing"},

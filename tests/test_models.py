@@ -216,9 +216,9 @@ def references():
 def test_wrong_twins_are_told_apart(twin, references, monkeypatch):
     part, where, name, wrong = TWINS[twin]
     kind, config, call = CALLS[part]
-    network = strong(kind(config))[0].eval()
     if where is not None:
-        monkeypatch.setattr(where, name, wrong)
+        monkeypatch.setattr(where, name, wrong)  # before it is built: attention takes its kernel then
+    network = strong(kind(config))[0].eval()
     error = relative(call(network).detach(), references[part])
     assert error < 2e-5 if where is None else error > 2e-4
 

@@ -5,6 +5,9 @@
 
 Causal: a token sees itself and what is before it, so the state of the end token has seen everything. Parameter names are
 those of transformers' CLIPTextModel. The `resid` taps carry each layer's token states, `attn` taps as everywhere.
+
+    SD 1, SD 2     c = LN(h_n)
+    SDXL           states = h_{n-1}, without a norm;    pooled = W LN(h_n)[end token]        Podell et al. 2023, section 2.1
 """
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class CLIPText(nn.Module):
-    """states = clip(ids): token ids (B, L) -> (B, L, D) states after the final LayerNorm."""
+    """states = clip(ids): token ids (B, L) -> (B, L, D) states after the final LayerNorm; with a projection also `pooled`."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -29,12 +32,28 @@ class CLIPText(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        if config.projection_dim:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = self.embeddings(ids)  # (B, L, D)
+        return self.final_layer_norm(self.hidden(ids)[-1])
+
+    def hidden(self, ids: Tensor) -> list[Tensor]:
+        """The residual stream h_0 ... h_n, each (B, L, D), before the final LayerNorm: h_i is what layer i has left."""
+        h = [self.embeddings(ids)]  # (B, L, D)
         for layer in self.encoder.layers:
-            h = layer(h)
-        return self.final_layer_norm(h)
+            h.append(layer(h[-1]))
+        return h
+
+    def pooled(self, h: Tensor, ids: Tensor, eos: int) -> Tensor:
+        """The whole text as one vector (B, P): the projected state of its first end token, of h = h_n (B, L, D).
+
+        Raises LabkitError if this encoder has no projection.
+        """
+        if not self.config.projection_dim:
+            raise LabkitError("This text encoder has no projection (CLIPTextModel); a CLIPTextModelWithProjection has one.")
+        end = (ids == eos).int().argmax(dim=1)  # (B,) the first one: what follows is padding
+        return self.text_projection(self.final_layer_norm(h[torch.arange(len(h), device=h.device), end]))  # (B, P)
 
 
 class Embeddings(nn.Module):
@@ -82,6 +101,8 @@ class CausalAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        if dim % heads:
+            raise LabkitError(f"{heads} attention heads cannot share {dim} channels evenly")
         self.num_heads = heads
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)

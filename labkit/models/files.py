@@ -8,6 +8,8 @@ Every failure is a CheckpointError of one line: which file, which parameter, wha
 """
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,17 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from labkit.errors import CheckpointError
+from labkit.models.header import AGAIN, disguise, read_header, regular_size
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-AGAIN = "the file is damaged, fetch it again"
+LONGEST_TEXT = 64 * 2**20  # bytes; the largest of a published model, tokenizer.json, has 4 MB
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text file."""
+    """A UTF-8 text file, with or without a byte-order mark."""
+    if (size := regular_size(path)) > LONGEST_TEXT:
+        raise CheckpointError(f"{path}: {size} bytes are too many for a text file of a model; {AGAIN}.")
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file; the folder is not complete, fetch it again.") from None
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
@@ -37,27 +40,36 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> dict:
     """A JSON file that holds an object."""
     text = read_text(path)
-    if sort := _disguise(text[:200].encode()):
+    if sort := disguise(text[:200].encode()):
         raise CheckpointError(f"{path}: JSON is expected, but {sort}.")
     try:
         found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and what is nested without end
         raise CheckpointError(f"{path}: not JSON (line {getattr(error, 'lineno', 1)}); {AGAIN}.") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, this is a {type(found).__name__}.")
     return found
 
 
-def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None) -> str:
+def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None, variant: str | None = None) -> str:
     """Which of a folder's files to read: `stem`.safetensors or a sharded index, the fp16 variant first if float16 is asked for.
 
-    Raises CheckpointError (a phrase, to be put behind the folder's name) if there is none, and says why if only pickles are there.
+    With `variant` ("fp16", "non_ema"), that one and no other. Raises CheckpointError (a phrase, to be put behind the folder's name)
+    if there is none, and says why if only pickles are there.
     """
     full = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
     half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-    for name in half + full if dtype == torch.float16 else full + half:
+    wanted = half + full if dtype == torch.float16 else full + half
+    for name in wanted if variant is None else [f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"]:
         if name in names:
             return name
+    if variant is not None:
+        found = {m[1] or m[2] for n in names if (m := re.fullmatch(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index\.(\w+)\.json", n))}
+        there = ", ".join(f"variant={v!r}" if v else "variant=None" for v in sorted(found, key=str)) or "no safetensors at all"
+        raise CheckpointError(f"no weights called variant {variant!r}; there is {there}.")
+    if others := sorted(n for n in names if n.startswith(f"{stem}.") and n.endswith(".safetensors") and "-of-" not in n):
+        there = others[0].removeprefix(f"{stem}.").split(".")[0]
+        raise CheckpointError(f"no {stem}.safetensors there, but {others[0]}; say variant={there!r}, or fetch the other.")
     if pickled := sorted(n for n in names if n.endswith(PICKLES)):
         raise CheckpointError(
             f"only pickled weights ({pickled[0]}), which can run code when opened; labkit reads safetensors: take another revision "
@@ -66,78 +78,107 @@ def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None)
     raise CheckpointError(f"no {stem}.safetensors there; the folder is not complete, fetch it again.")
 
 
-def read_tensors(folder: Path, stem: str, device="cpu", dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], Path]:
+def read_tensors(
+    folder: Path, stem: str, device="cpu", dtype: torch.dtype | None = None, variant: str | None = None
+) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a part's folder, in one file or in shards, as floating point `dtype` on `device`; and the file's name."""
     try:
         names = {p.name for p in folder.iterdir()}
     except OSError:
         raise CheckpointError(f"{folder}: there is no such folder; the model is not complete, fetch it again.") from None
     try:
-        path = folder / choose_weights(names, stem, dtype)
+        path = folder / choose_weights(names, stem, dtype, variant)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     if path.suffix != ".json":
         return read_safetensors(path, device, dtype), path
     where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(f, str) and f == Path(f).name and "\\" not in f for f in where.values()):
+    if not isinstance(where, dict) or not all(_is_shard(file) for file in where.values()):
         raise CheckpointError(f"{path}: its weight_map must name files of this folder; {AGAIN}.")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(where.values())):
         part = read_safetensors(folder / shard, device, dtype)
         if lacking := [key for key, file in where.items() if file == shard and key not in part]:
-            raise CheckpointError(f"{folder / shard}: lacks {_few(lacking)}, which {path.name} puts there; {AGAIN}.")
+            raise CheckpointError(f"{folder / shard}: lacks {few(lacking)}, which {path.name} puts there; {AGAIN}.")
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise CheckpointError(f"{folder / shard}: holds {few(twice)}, which another shard holds too; {AGAIN}.")
         tensors |= part
     return tensors, path
 
 
-def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, converted one by one, so that no second copy of the whole is held."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(200)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file; the folder is not complete, fetch it again.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
-    if sort := _disguise(start):
-        raise CheckpointError(f"{path}: not a safetensors file; {sort}.")
-    if size < 8 or int.from_bytes(start[:8], "little") > size - 8:
-        raise CheckpointError(f"{path}: {size} bytes that are not a safetensors file, or the beginning of one; {AGAIN}.")
+def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None, names=None) -> dict[str, Tensor]:
+    """The tensors of one safetensors file (or those called `names`), converted one by one, so that no second copy of the whole is held.
+
+    On the device "meta" they are told from the header alone: names, shapes and types, without memory. Raises CheckpointError.
+    """
+    entries = read_header(path)
+    wanted = list(entries) if names is None else list(names)
+    for key in wanted:
+        if entries[key].dtype.is_floating_point and entries[key].dtype.itemsize == 1:
+            raise CheckpointError(f"{path}: {key} is {entries[key].dtype}; labkit reads float16, bfloat16, float32 and float64.")
+    if torch.device(device).type == "meta":
+        return {key: entries[key].empty(dtype) for key in wanted}
     tensors = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():
-                tensor = file.get_tensor(key)
-                if tensor.is_floating_point():
-                    if tensor.element_size() == 1:
-                        raise CheckpointError(f"{path}: {key} is {tensor.dtype}; labkit reads float16, bfloat16, float32 and float64.")
-                    # a copy: what was read would be a view of the file, and break if the file is replaced or cut
-                    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
-                    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-                        raise CheckpointError(f"{path}: {key} holds NaN or infinity as {tensor.dtype}; {AGAIN}, or load it as float32.")
-                tensors[key] = tensor
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not all of it is there ({size} bytes; {' '.join(str(error).split())}); {AGAIN}.") from None
+            for key in wanted:
+                tensors[key] = sound(file.get_tensor(key), key, path, device, dtype)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not all of it can be read ({' '.join(str(error).split())}); {AGAIN}.") from None
     return tensors
 
 
-def fill(build: Callable[[], nn.Module], tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """The module that `build` makes, its parameters being `tensors` themselves (no copy); raises unless all names and shapes agree.
+def sound(tensor: Tensor, name: str, path: Path, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor on `device`, as `dtype` if it is one of fractions; CheckpointError if it holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        return tensor
+    # a copy: what was read would be a view of the file, and break if the file is replaced or cut
+    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise CheckpointError(f"{path}: {name} holds NaN or infinity as {tensor.dtype}; {AGAIN}, or load it as float32.")
+    return tensor
 
-    The module is built without memory, on the meta device, so nothing is allocated or initialised only to be thrown away.
+
+def check_links(root: Path) -> None:
+    """Raise CheckpointError if a file of a model's folder, or of one in it, is a link that leads out of it; OSError if it cannot be looked into.
+
+    A model from a stranger must not reach for files beside it. What may be elsewhere is the blobs/ of a hub cache, where the files of
+    .../models--ORG--NAME/snapshots/REVISION really lie; and `root` itself may be a link, for that is what the user named.
+    """
+    real_root = Path(os.path.realpath(root))
+    allowed = [real_root, real_root.parents[1] / "blobs"] if real_root.parent.name == "snapshots" else [real_root]
+    inside = list(root.iterdir())
+    for path in inside + [path for folder in inside if folder.is_dir() for path in folder.iterdir()]:
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise CheckpointError(f"{path}: is a link out of the model's folder, to {real}, and is not followed; put the file itself there.")
+
+
+def fill(build: Callable[[], nn.Module], read: Callable, device, path: Path) -> nn.Module:
+    """The module that `build` makes, its parameters being `read(device)` themselves (no copy); raises unless all names and shapes agree.
+
+    The module is built without memory, on the meta device, and compared with `read("meta")`, what the file says that it holds: weights of
+    another model are refused before a number of them is read, and nothing is allocated or initialised only to be thrown away.
     """
     try:
         with torch.device("meta"):
             module = build()
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path.parent / 'config.json'}: no network can be built of it ({' '.join(str(error).split())}).") from None
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        config = path.parent / "config.json"
+        raise CheckpointError(f"{config if config.exists() else path}: no network can be built of it ({' '.join(str(error).split())}).") from None
+    check_fit(module, read("meta"), path)
+    module.load_state_dict(read(device), strict=True, assign=True)
+    return module.eval()
+
+
+def check_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless the tensors are the module's parameters, all of them and no more, in their shapes."""
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     shapes = [f"{n}: expected {expected[n]}, found {found[n]}" for n in expected if n in found and expected[n] != found[n]]
     types = [f"{n}: {t.dtype}" for n, t in tensors.items() if n in expected and not t.is_floating_point()]
     complaints = [
-        f"{len(some)} {what} ({_few(some)})"
+        f"{len(some)} {what} ({few(some)})"
         for some, what in (
             ([n for n in expected if n not in found], "missing"),
             ([n for n in found if n not in expected], "unknown"),
@@ -147,19 +188,23 @@ def fill(build: Callable[[], nn.Module], tensors: dict[str, Tensor], path: Path)
         if some
     ]
     if complaints:
-        advice = "config.json and the weights are of different models: fetch the folder again, or check which model this is"
+        advice = "The configuration and the weights are of different models: fetch it again, or check which model this is"
         if any(n.startswith(("model_ema.", "model.diffusion_model.", "cond_stage_model.", "first_stage_model.")) for n in found):
-            advice = "this is a checkpoint in the original one-file layout: convert it to a diffusers folder first"
-        raise CheckpointError(f"{path}: does not fit its architecture: {'; '.join(complaints)}. {advice[0].upper() + advice[1:]}.")
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.eval()
+            advice = "This is a checkpoint in the original one-file layout: load the file itself, not a folder it was put into"
+        raise CheckpointError(f"{path}: does not fit its architecture: {'; '.join(complaints)}. {advice}.")
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors to one safetensors file, as `dtype` or as they are."""
-    tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
+    """Write tensors to one safetensors file, those of fractions as `dtype` or as they are; OSError if it cannot be written."""
+    tensors = {n: t.detach().to("cpu", dtype if dtype and t.is_floating_point() else t.dtype).contiguous() for n, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers will not open a file that does not say so
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask says; safetensors would let nobody else read it
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers will not open a file that does not say so
+    except SafetensorError as error:  # what the library calls a full disk
+        raise OSError(None, " ".join(str(error).split())) from None
+    path.chmod(mode)
 
 
 def write_json(content: dict, path: Path) -> None:
@@ -168,18 +213,10 @@ def write_json(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def _disguise(start: bytes) -> str | None:
-    """What a file really is when it is none of ours, told by its first bytes, and what to do; None if nothing is known against it."""
-    if not start:
-        return f"it is empty; {AGAIN}"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer, a note where the real file lies; run `git lfs pull` in its folder"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, probably an error message of the server; fetch it again"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return "it is a pickle (.bin, .ckpt, .pt) under another name, which can run code when opened; get the safetensors file"
-    return None
+def _is_shard(name) -> bool:
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") and name.isprintable() and "\\" not in name
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def few(names: list[str]) -> str:
+    """The first three, for a message."""
+    return ", ".join(n[:200] for n in names[:3]) + (", ..." if len(names) > 3 else "")

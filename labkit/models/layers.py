@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from labkit.errors import LabkitError
 from labkit.tap import Tap
 
 
@@ -65,6 +66,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, qkv_bias: bool = False) -> None:
         super().__init__()
+        if dim % heads:
+            raise LabkitError(f"{heads} attention heads cannot share {dim} channels evenly")
         self.num_heads = heads
         self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         k = rearrange(self.to_k(context), "b l (h d) -> b h l d", h=self.num_heads)
         v = rearrange(self.to_v(context), "b l (h d) -> b h l d", h=self.num_heads)
         if self.probs.active:
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, L)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, L); scaled first: SD 2's products leave float16
             out = self.probs(scores.softmax(dim=-1)) @ v  # (B, heads, N, d)
         else:
             out = self.attend(q, k, v)  # (B, heads, N, d)
@@ -130,14 +133,14 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Unrolls the picture into a sequence of places, runs a transformer block with the text, and rolls it up again."""
+    """Unrolls the picture into a sequence of places, runs transformer blocks with the text, and rolls it up again."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, groups: int, linear: bool) -> None:
+    def __init__(self, dim: int, heads: int, context_dim: int, groups: int, linear: bool, depth: int = 1) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, heads, context_dim)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

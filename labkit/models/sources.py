@@ -6,6 +6,7 @@ set of safetensors (a whole Stable Diffusion repository holds the same weights m
 """
 
 import hashlib
+import json
 import os
 import re
 import socket
@@ -16,16 +17,20 @@ import torch
 
 from labkit.errors import CheckpointError
 from labkit.models.files import PICKLES, choose_weights
+from labkit.models.header import regular_size
 
 DATA = Path(__file__).parents[2] / "data"
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 
 
-def resolve(name: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """The folder of a model: "tabletop" is the one in data/, a folder is itself, a hub id is looked up in the cache, then fetched."""
+def resolve(name: str | Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Path:
+    """Where a model is: "tabletop" is in data/, a folder or a .safetensors file is itself, a hub id is looked up in the cache, then fetched.
+
+    `dtype` and `variant` say which of a hub repository's weights are wanted (`files.choose_weights`).
+    """
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise CheckpointError(f"A model's name is a text or a path, this is {name!r}. {_possible()}")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves "~nobody" as it is
     if str(name) == "tabletop":
         path = DATA / "tabletop"
         if not path.is_dir():
@@ -33,17 +38,24 @@ def resolve(name: str | Path, dtype: torch.dtype | None = None) -> Path:
         return path
     if len(str(name)) > 1000:  # longer than a file system allows, which would raise errors of its own
         raise CheckpointError(f"No model called {str(name)[:20]!r}... {_possible()}")
-    if path.is_dir():
-        return path
-    if path.is_file() and path.suffix in PICKLES:
-        raise CheckpointError(
-            f"{path}: pickled weights can run code when opened, so labkit does not open them; get the model as a diffusers folder with safetensors."
-        )
-    if path.is_file():
-        raise CheckpointError(f"{path}: is one file; labkit opens a diffusers folder (the one that holds model_index.json).")
+    try:
+        if path.is_dir():
+            return path
+        if path.is_file() and path.suffix.lower() in PICKLES:
+            raise CheckpointError(
+                f"{path}: pickled weights can run code when opened, so labkit does not open them; convert the file once with "
+                f"`python -m labkit convert {path.name} {path.stem}.safetensors`, which runs none of it."
+            )
+        if path.exists() and path.suffix.lower() != ".safetensors":
+            raise CheckpointError(f"{path}: is no model; labkit opens a folder in the diffusers layout and a one-file checkpoint (.safetensors).")
+        if path.exists():
+            regular_size(path)  # not a pipe, which would be waited for
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     # "runs/last" could be on the hub, but where there is a folder "runs" here, it is a folder mistyped
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name.split("/")[0]).is_dir():
-        return _from_hub(name, dtype)
+        return _from_hub(name, dtype, variant)
     raise CheckpointError(f"No model called {str(name)!r}. {_possible()}")
 
 
@@ -74,44 +86,49 @@ def write_sums(data: str | Path) -> Path:
     return data / "SHA256SUMS"
 
 
-def _from_hub(repo: str, dtype: torch.dtype | None) -> Path:
+def _from_hub(repo: str, dtype: torch.dtype | None, variant: str | None) -> Path:
     """A hub repository's folder in the local cache, fetched if it is not there; only the files that load_pipeline opens."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    configs = ["model_index.json", "labkit.json", *(f"{part}/*.{end}" for part in (*STEMS, "tokenizer", "scheduler") for end in ("json", "txt"))]
+    folders = (*STEMS, "tokenizer", "tokenizer_2", "scheduler")
+    configs = ["model_index.json", "labkit.json", *(f"{part}/*.{end}" for part in folders for end in ("json", "txt"))]
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=configs, local_files_only=True))
-        _needed({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}, repo, dtype)
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        named = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if "model_index.json" in there else {}
+        _needed(there, repo, dtype, variant, {part for part in STEMS if named.get(part) not in (None, [None, None])})
         return folder
-    except (LocalEntryNotFoundError, CheckpointError):
+    except (LocalEntryNotFoundError, CheckpointError, ValueError, AttributeError, RecursionError, OSError):
         pass  # nothing, or not all of it, is in the cache
-    half = ".fp16" if dtype == torch.float16 else ""
+    half = f".{variant}" if variant else ".fp16" if dtype == torch.float16 else ""
     wanted = ["*.json", "*.txt", *(f"{part}/{stem}{half}.safetensors" for part, stem in STEMS.items())]
     command = f"`hf download {repo} {' '.join(f'--include {w!r}' for w in wanted)}`"
     if why := _no_network(huggingface_hub):
         raise CheckpointError(f"{repo}: not in this machine's cache, and {why}; fetch it once with {command}, or load('tabletop'), which is shipped.")
     try:
-        weights = _needed(set(huggingface_hub.HfApi().list_repo_files(repo)), repo, dtype)
+        weights = _needed(set(huggingface_hub.HfApi().list_repo_files(repo)), repo, dtype, variant)
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*configs, *weights]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{repo}: could not be fetched ({' '.join(str(error).split())[:200]}); check the name and the network.") from None
 
 
-def _needed(files: set[str], repo: str, dtype: torch.dtype | None) -> list[str]:
-    """The weight files of a repository that will be opened; raises CheckpointError if one part has none."""
+def _needed(files: set[str], repo: str, dtype: torch.dtype | None, variant: str | None, named: set[str] = frozenset()) -> list[str]:
+    """The weight files of a repository that will be opened; raises CheckpointError if one part (those `named` among them) has none."""
     if "model_index.json" not in files:
         raise CheckpointError(f"{repo}: has no model_index.json, so it is not a model in the diffusers layout.")
+    there = {"unet", "vae", *named} | {part for part in STEMS if any(f.startswith(f"{part}/") for f in files)}
     chosen = []
-    for part, stem in STEMS.items():
-        names = {f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/")}
+    for part in [p for p in STEMS if p in there or (p == "text_encoder" and "text_encoder_2" not in there)]:
+        stem, names = STEMS[part], {f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/")}
         try:
-            weights = choose_weights(names, stem, dtype)
+            weights = choose_weights(names, stem, dtype, variant)
         except CheckpointError as error:
             raise CheckpointError(f"{repo}, {part}/: {error}") from None
         if weights.endswith(".json"):  # shards, whatever their number: stem-00001-of-00002.safetensors or with .fp16 before
-            half = ".fp16" in weights
-            chosen += sorted(f"{part}/{n}" for n in names if re.fullmatch(rf"{stem}.*-of-\d+\S*\.safetensors", n) and (".fp16" in n) == half)
+            mark = re.fullmatch(rf"{stem}\.safetensors\.index(\.\w+)?\.json", weights)[1]
+            shards = [n for n in names if re.fullmatch(rf"{stem}\S*-of-\d+\S*\.safetensors", n)]
+            chosen += sorted(f"{part}/{n}" for n in shards if re.findall(r"\.[a-z]\w*(?=[-.])", n.removeprefix(stem)) == ([mark] if mark else []))
         chosen.append(f"{part}/{weights}")
     return chosen
 
@@ -136,4 +153,4 @@ def _sha256(path: Path) -> str:
 
 
 def _possible() -> str:
-    return "Possible are 'tabletop' (shipped), a folder in the diffusers layout, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+    return "Possible are 'tabletop' (shipped), a folder in the diffusers layout, a one-file .safetensors, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."

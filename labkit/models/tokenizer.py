@@ -22,6 +22,7 @@ from torch import LongTensor
 
 from labkit.errors import CheckpointError, LabkitError
 from labkit.models.files import read_json, read_text
+from labkit.models.header import AGAIN
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END = "</w>"
@@ -62,13 +63,25 @@ class Tokenizer:
     def from_files(cls, vocab_json: str | Path, merges_txt: str | Path, max_length: int = 77, pad: str = EOS) -> "Tokenizer":
         """Read CLIP's two files: vocab.json (token -> id) and merges.txt (one pair a line, best first)."""
         vocab, lines = read_json(vocab_json), read_text(merges_txt).split("\n")
+        if wrong := next(((token, i) for token, i in vocab.items() if type(i) is not int or not 0 <= i < 10**7), None):
+            raise CheckpointError(f"{vocab_json}: {wrong[0]!r} has the id {wrong[1]!r}, a number from 0 is expected; {AGAIN}.")
         lines = lines[1:] if lines[0].startswith("#version") else lines  # "# #" is a merge, "#version: 0.2" is not
         return cls(vocab, _pairs([line.split() for line in lines if line.strip()], merges_txt), max_length, pad)
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
         """Read a `tokenizer/` folder; its tokenizer_config.json, where there is one, says the padding token and may say a shorter length."""
-        folder = Path(folder)
+        try:
+            return cls._from_folder(Path(folder), max_length)
+        except CheckpointError:
+            raise
+        except LabkitError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:  # a list for a table, a word for a number, ...
+            raise CheckpointError(f"{folder}: these are no files of a CLIP tokenizer ({type(error).__name__}: {error}); fetch it again.") from None
+
+    @classmethod
+    def _from_folder(cls, folder: Path, max_length: int) -> "Tokenizer":
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         # Files older than `added_tokens_decoder` keep their special tokens in a file of their own, and that one wins (SD 2.x: pad "!").
         if "added_tokens_decoder" not in config and (folder / "special_tokens_map.json").exists():

@@ -6,6 +6,9 @@ Down through resolutions keeping what was seen (skips), a middle with attention,
 enters by cross-attention in the transformers, time by an embedding added in every ResNet block. In SD 1.5 (64x64 latents)
 the transformers sit at 64x64, 32x32, 16x16 and in the 8x8 middle, with eight heads everywhere.
 
+    temb = MLP(gamma(t)) + MLP'([pooled text, gamma(height), gamma(width), ...])                            SDXL, section 2.2
+
+SDXL adds what a `Condition` has besides states to the time embedding: the text as one vector, and sizes in pixels.
 Parameter names are those of diffusers' UNet2DConditionModel. `resid` taps carry the residual stream after each block.
 """
 import torch
@@ -13,13 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import LabkitError
+from labkit.models.condition import Condition
 from labkit.models.config import UNetConfig
 from labkit.models.layers import ResnetBlock, SpatialTransformer, TimestepMLP, timestep_embedding
 from labkit.tap import Tap
 
 
 class UNet(nn.Module):
-    """eps = unet(x_t, t, c): x_t (B, 4, h, w), t () or (B,) timesteps 0..999, c (B, L, D) text states -> (B, 4, h, w)."""
+    """eps = unet(x_t, t, c): x_t (B, 4, h, w), t () or (B,) timesteps 0..999, c (B, L, D) text states -> (B, 4, h, w).
+
+    SDXL's c is a Condition. A network for inpainting takes nine channels: x_t, the mask, the latent of the masked picture.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -27,16 +34,17 @@ class UNet(nn.Module):
         widths, temb = config.block_out_channels, config.time_embed_dim
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], temb)
+        if config.addition_time_embed_dim:
+            self.add_embedding = TimestepMLP(config.projection_class_embeddings_input_dim, temb)
         self.down_blocks = nn.ModuleList(Down(config, level) for level in range(len(widths)))
         self.mid_block = Middle(config)
         self.up_blocks = nn.ModuleList(Up(config, level) for level in reversed(range(len(widths))))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x_t: Tensor, t: Tensor | int, c: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | int, c: Tensor | Condition) -> Tensor:
         self.check(x_t, c)
-        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])  # (B,)
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x_t.dtype))  # (B, temb)
+        temb, c = self.embed(x_t, t, c), states_of(c)  # (B, temb), (B, L, D)
         h = self.conv_in(x_t)  # (B, C0, h, w)
         skips = [h]
         for block in self.down_blocks:
@@ -47,11 +55,31 @@ class UNet(nn.Module):
             h = block(h, skips, temb, c)  # pops its skips
         return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 4, h, w)
 
-    def check(self, x_t: Tensor, c: Tensor) -> None:
+    def embed(self, x_t: Tensor, t: Tensor | int, c: Tensor | Condition) -> Tensor:
+        """What every ResNet block is told: the timestep, and for SDXL the pooled text and the sizes; (B, temb)."""
+        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])  # (B,)
+        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x_t.dtype))  # (B, temb)
+        if isinstance(c, Condition):
+            sizes = timestep_embedding(c.sizes.flatten(), self.config.addition_time_embed_dim)  # (B * 6, 256)
+            told = torch.cat([c.pooled.to(x_t.dtype), sizes.to(x_t.dtype).view(len(c), -1)], dim=1)  # (B, 2816)
+            temb = temb + self.add_embedding(told)
+        return temb
+
+    def check(self, x_t: Tensor, c: Tensor | Condition) -> None:
         """Raise LabkitError where the shapes cannot be right."""
         config, multiple = self.config, 2 ** (len(self.config.block_out_channels) - 1)
         if x_t.ndim != 4 or x_t.shape[1] != config.in_channels or x_t.shape[2] % multiple or x_t.shape[3] % multiple:
             raise LabkitError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {config.in_channels}, h, w) with h and w multiples of {multiple}")
+        per_size = config.addition_time_embed_dim
+        if isinstance(c, Condition) != bool(per_size):
+            is_, expected = type(c).__name__, "a Condition (text states, pooled text, sizes)" if per_size else "text states (B, tokens, D) alone"
+            raise LabkitError(f"c is a {is_}, this U-Net reads {expected}; take the condition from the model's own encode_text.")
+        if per_size and c.pooled.shape[1] + per_size * c.sizes.shape[1] != config.projection_class_embeddings_input_dim:
+            raise LabkitError(
+                f"c has a pooled text of {c.pooled.shape[1]} and {c.sizes.shape[1]} sizes, expected {config.projection_class_embeddings_input_dim}"
+                f" numbers together, {per_size} for each size"
+            )
+        c = states_of(c)
         if c.ndim != 3 or c.shape[0] != x_t.shape[0] or c.shape[2] != config.cross_attention_dim:
             raise LabkitError(f"c has shape {tuple(c.shape)}, expected ({x_t.shape[0]}, tokens, {config.cross_attention_dim})")
 
@@ -148,10 +176,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
 
 
+def states_of(c: Tensor | Condition) -> Tensor:
+    """The text states (B, L, D) of a condition of either kind."""
+    return c.states if isinstance(c, Condition) else c
+
+
 def resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
     return ResnetBlock(c_in, c_out, config.time_embed_dim, config.norm_num_groups, eps=1e-5)
 
 
 def transformer(config: UNetConfig, level: int) -> SpatialTransformer:
     return SpatialTransformer(config.block_out_channels[level], config.num_attention_heads[level],
-                              config.cross_attention_dim, config.norm_num_groups, config.use_linear_projection)
+                              config.cross_attention_dim, config.norm_num_groups, config.use_linear_projection, config.depth(level))
