@@ -99,7 +99,7 @@ def test_generate_without_guidance(run, model, tmp_path, w):
         (["a ball", "--width", "17"], ["width is 17", "multiple of 4"]),
         (["a ball", "--height", "-8"], ["height is -8", "multiple of 4"]),
         (["a ball", "--seed", "-1"], ["seed -1 is out of range"]),
-        (["a ball", "--sampler", "euler"], ["'euler'", "ddim, ddpm"]),
+        (["a ball", "--sampler", "eular"], ["'eular'", "ddim, ddpm, euler, euler_ancestral, heun"]),
         (["a ball", "--device", "tpu"], ["'tpu'", "'cpu'"]),
         (["a ball", "--model", "no-such-model"], ["No model called 'no-such-model'", "'tabletop'"]),
         (["a ball", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "HF_HUB_OFFLINE"]),
