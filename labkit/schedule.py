@@ -59,6 +59,9 @@ class Timestep(float):
     def __getnewargs__(self) -> tuple[float, float]:  # so that copies and pickles keep the level
         return float(self), self.alpha_bar
 
+    def __str__(self) -> str:
+        return f"{float(self):.6g}"
+
 
 class Schedule:
     """The tables of a schedule: `.beta`, `.alpha_bar`, `.sigma`, `.snr`, each (T,) float64 on the CPU.

@@ -16,6 +16,7 @@ from labkit import __main__ as cli
 from labkit import checkpoint
 from labkit.checkpoint import save_pipeline, write_sums
 from labkit.models import sources
+from labkit.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red ball left of a blue cube"
@@ -72,6 +73,13 @@ def test_generate_without_figures_and_quotes(run, model, tmp_path):
     recipe = json.loads((tmp_path / "recipe.json").read_text())["recipe"]
     assert (recipe["prompt"], recipe["negative_prompt"], recipe["guidance"], recipe["width"]) == (["a red ball"], ["blue"], 3, 32)
     assert Image.open(tmp_path / "image.png").size == (32, 16)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddim", "ddpm")])
+def test_generate_with_every_sampler(run, model, tmp_path, sampler):
+    code, out, err = run("generate", "a red ball", "--sampler", sampler, "--steps", 3, "--model", model, "--out", tmp_path)
+    assert (code, err) == (0, []) and listing(tmp_path) == FILES
+    assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["sampler"] == sampler
 
 
 @pytest.mark.parametrize("w", [0, 1])

@@ -271,6 +271,7 @@ def test_a_timestep_between_two_carries_its_level_through_everything():
     t = Timestep(500.25, 0.2)
     for again in (t, copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
         assert again == 500.25 and again.alpha_bar == 0.2 and s.alpha_bar_at(again) == 0.2
+        assert f"{again}" == "500.25" and str(Timestep(43.0, 0.2)) == "43"  # what figures say
     x_t = q_sample(x0, t, eps, s)
     torch.testing.assert_close(x_t, sqrt(0.2) * x0 + sqrt(0.8) * eps)
     torch.testing.assert_close(eps_from_v(x_t, t, v_from(x0, t, eps, s), s), eps)

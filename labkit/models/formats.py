@@ -139,7 +139,7 @@ def schedule_config(raw: dict) -> ScheduleConfig:
     Which sampler the file names does not matter, only the noise schedule. `clip_sample` is not looked at: diffusers' pipelines
     switch it off, for latents are not confined to [-1, 1].
     """
-    for field in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
+    for field in ("trained_betas", "thresholding"):
         if raw.get(field):
             raise CheckpointError(f"{field} is {str(raw[field])[:40]}; labkit's schedules do not have that.")
     config = ScheduleConfig(
@@ -151,6 +151,7 @@ def schedule_config(raw: dict) -> ScheduleConfig:
         timestep_spacing=raw.get("timestep_spacing", "leading"),
         steps_offset=_int(raw, "steps_offset", 0, low=0),
         set_alpha_to_one=bool(raw.get("set_alpha_to_one", True)),
+        rescale_betas_zero_snr=bool(raw.get("rescale_betas_zero_snr", False)),
     )
     for field, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS)):
         if getattr(config, field) not in known:
@@ -160,7 +161,7 @@ def schedule_config(raw: dict) -> ScheduleConfig:
 
 def schedule_to_diffusers(config: ScheduleConfig) -> dict:
     """ScheduleConfig -> scheduler_config.json of a DDIMScheduler."""
-    return {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False, **vars(config)}
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False, **vars(config)}
 
 
 def vae_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
