@@ -77,8 +77,10 @@ def test_generate_without_figures_and_quotes(run, model, tmp_path):
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddim", "ddpm")])
 def test_generate_with_every_sampler(run, model, tmp_path, sampler):
-    code, out, err = run("generate", "a red ball", "--sampler", sampler, "--steps", 3, "--model", model, "--out", tmp_path)
-    assert (code, err) == (0, []) and listing(tmp_path) == FILES
+    figures = sampler in ("heun", "dpm_solver_karras")  # two calls a step, timesteps that are not the table's
+    code, out, err = run("generate", "a red ball", "--sampler", sampler, "--steps", 2, "--model", model, "--out", tmp_path,
+                         *([] if figures else ["--no-figures"]))  # fmt: skip
+    assert (code, err) == (0, []) and listing(tmp_path) == (FILES if figures else ["image.png", "recipe.json"])
     assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["sampler"] == sampler
 
 
