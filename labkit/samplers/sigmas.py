@@ -72,7 +72,8 @@ def sigma_levels(schedule: Schedule, steps: int, karras: bool = False) -> Levels
 def lambda_levels(schedule: Schedule, steps: int, karras: bool = False, whole: Callable[[float], int] = round) -> Levels:
     """What DPM-Solver++ and UniPC visit: N of N + 1 evenly spread timesteps, all but the last; trailing, all N of N.
 
-    With `karras` sigmas run from the table's last to its first, and the network is told a whole timestep near each. Raises LabkitError where there are not N + 1 timesteps.
+    With `karras` sigmas run from the table's last to its first, and the network is told a whole timestep near each. Raises
+    LabkitError where there are not N + 1 timesteps.
     """
     first = schedule.timesteps(steps)  # raises where the number cannot be, and says so
     T, spacing = schedule.config.num_train_timesteps, schedule.config.timestep_spacing
