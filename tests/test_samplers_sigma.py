@@ -86,10 +86,6 @@ def start(dtype=F64):
     return Noise([0, 1], (4, 3, 2)).draw().to(dtype)
 
 
-def last(steps):
-    return list(steps)[-1]
-
-
 def scheduler(case, schedule, steps):
     cls, options = CASES[case][1:3]
     c = schedule.config
