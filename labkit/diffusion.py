@@ -27,8 +27,8 @@ from labkit.models.condition import Condition, check_sizes, encode, silenced, si
 from labkit.models.tokenizer import WORDS, Tokenizer, normalise
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
-from labkit.samplers import SAMPLERS, Step
-from labkit.schedule import Schedule, ScheduleConfig, eps_prediction
+from labkit.samplers import SAMPLERS, Step, first_latent
+from labkit.schedule import Schedule, ScheduleConfig, Timestep, eps_prediction
 
 DEFAULTS = {"steps": 20, "guidance": 7.5, "sampler": "ddim"}
 DECODED_AT_ONCE = 2**20  # pixels: the decoder's memory is what breaks first when many or large images are drawn
@@ -40,8 +40,8 @@ class Layout:
 
     branches: tuple[str, ...]          # ("uncond", "cond"), ("cond",) or ("uncond",)
     images: int                        # B; the call has len(branches) * B rows
-    i: int                             # the step, 0 is the noisiest
-    t: int                             # its timestep
+    i: int                             # the step, 0 is the noisiest; Heun calls the network twice in one
+    t: int                             # the timestep told; a Timestep (float) where it is none of the table's
     steps: int
     size: tuple[int, int]              # (h, w) of the latents
     prompts: tuple[str, ...]           # what branch "cond" is told, one an image
@@ -141,14 +141,13 @@ class LatentDiffusion:
         plan = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes)
         f = self.vae.config.factor
         size = (plan["height"] // f, plan["width"] // f)
-        order = {t: i for i, t in enumerate(self.schedule.timesteps(plan["steps"]).tolist())}
         c, uncond = self._conditions(plan)  # (B, L, D)
         noise = Noise(plan["seed"], (self.unet.config.in_channels, *size))
-        B = len(noise.seeds)
+        B, done = len(noise.seeds), 0
 
-        def network(x_t: Tensor, t: int, c: Tensor | Condition) -> Tensor:
+        def network(x_t: Tensor, t: int | Timestep, c: Tensor | Condition) -> Tensor:
             texts = tuple(plan["prompt"]), tuple(plan["negative_prompt"])
-            self.layout = Layout(denoise.branches, B, order.get(t, -1), t, len(order), size, *texts)
+            self.layout = Layout(denoise.branches, B, done, t, plan["steps"], size, *texts)
             try:
                 with torch.no_grad():
                     return self.unet(x_t.to(self.dtype), t, c).to(x_t.dtype)
@@ -158,7 +157,16 @@ class LatentDiffusion:
         denoise = classifier_free(eps_prediction(network, self.schedule), c, uncond, plan["guidance"])
         # latents stay in float32 also where the network computes in half: their small last steps would be rounded away
         x_T = noise.draw().to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
-        return SAMPLERS[plan["sampler"]](denoise, x_T, self.schedule, plan["steps"], noise=noise.draw)
+        x_T = first_latent(plan["sampler"], x_T, self.schedule, plan["steps"])
+        sampler = SAMPLERS[plan["sampler"]](denoise, x_T, self.schedule, plan["steps"], noise=noise.draw)
+
+        def counted() -> Iterator[Step]:
+            nonlocal done
+            for step in sampler:
+                done = step.i + 1
+                yield step
+
+        return counted()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

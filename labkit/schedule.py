@@ -5,7 +5,8 @@
     v   = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (eq. 4); v: Salimans & Ho 2022, "Progressive Distillation"
-(app. D); cosine betas: Nichol & Dhariwal 2021; spacings: Lin et al. 2023, "Common Diffusion Noise Schedules" (tab. 2).
+(app. D); cosine betas: Nichol & Dhariwal 2021; spacings and zero terminal SNR: Lin et al. 2023, "Common Diffusion Noise
+Schedules and Sample Steps are Flawed" (tab. 2, alg. 1).
 
 Papers count t = 1..T; here as in the code of all of them t = 0..T-1, and t = 0 already carries a little noise. Tables
 are float64 on the CPU; coefficients are cast to the dtype and device of the tensor they are applied to.
@@ -23,6 +24,7 @@ from labkit.errors import LabkitError
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
+NEARLY_ZERO = 2.0**-24  # alpha_bar at the end of a schedule with zero terminal SNR: sigma is 4096 there, not infinite
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,28 @@ class ScheduleConfig:
     timestep_spacing: str = "leading"     # which of the T timesteps a sampler with fewer steps visits
     steps_offset: int = 1                 # added to "leading" timesteps: SD's last step is at t = 1, not 0
     set_alpha_to_one: bool = False        # alpha_bar after the last step: 1, or (SD) that of t = 0
+    rescale_betas_zero_snr: bool = False  # at t = T - 1 nothing is left of the picture; needs a network that predicts v
+
+
+class Timestep(float):
+    """A timestep whose noise is not that of the table: t as the network is told it, and `alpha_bar` of the latent it sees.
+
+    Samplers that choose sigmas freely (Karras et al. 2022) or step evenly through real numbers meet such ones. Everything
+    here that takes a t takes a Timestep too, and goes by its `alpha_bar`.
+    """
+
+    alpha_bar: float
+
+    def __new__(cls, t: float, alpha_bar: float):
+        self = super().__new__(cls, t)
+        self.alpha_bar = float(alpha_bar)
+        return self
+
+    def __getnewargs__(self) -> tuple[float, float]:  # so that copies and pickles keep the level
+        return float(self), self.alpha_bar
+
+    def __str__(self) -> str:
+        return f"{float(self):.6g}"
 
 
 class Schedule:
@@ -59,6 +83,10 @@ class Schedule:
         self.config = config
         self.beta = _betas(config)                                        # (T,)
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)              # (T,)
+        if config.rescale_betas_zero_snr:
+            self.beta = rescale_zero_snr(self.beta)                       # (T,)
+            self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)          # (T,)
+            self.alpha_bar[-1] = NEARLY_ZERO
         self.snr = self.alpha_bar / (1 - self.alpha_bar)                  # (T,)
         self.sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt()       # (T,)
         self.final_alpha_bar = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else self.alpha_bar[0]
@@ -88,15 +116,17 @@ class Schedule:
             )
         return torch.tensor(t, dtype=torch.int64)
 
-    def alpha_bar_at(self, t: int) -> float:
+    def alpha_bar_at(self, t: int | Timestep) -> float:
         """alpha_bar of timestep t as a float; before the first one (t < 0) it is `final_alpha_bar`."""
+        if isinstance(t, Timestep):
+            return t.alpha_bar
         return float(self.final_alpha_bar if t < 0 else self.alpha_bar[_in_range(t, self)])
 
 
 def q_sample(x0: Tensor, t: int | Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, with the noise eps of x0's shape (DDPM, eq. 4).
 
-    Here and below: t is an int or a LongTensor (B,), one an image; LabkitError if it lies outside 0..T-1.
+    Here and below: t is an int, a Timestep or a LongTensor (B,), one an image; LabkitError if it lies outside 0..T-1.
     """
     a, s = _signal_and_noise(t, x0, schedule)
     return a * x0 + s * eps
@@ -143,6 +173,17 @@ def eps_prediction(model: Callable, schedule: Schedule) -> Callable[[Tensor, int
     return lambda x_t, t, c: to_eps(x_t, t, model(x_t, t, c), schedule)
 
 
+def rescale_zero_snr(beta: Tensor) -> Tensor:
+    """Betas (T,) shifted and scaled so that sqrt(alpha_bar) ends at 0 and starts where it did (Lin et al. 2023, alg. 1).
+
+    The last one is 1, so alpha_bar ends at 0 and eps says nothing about x0 there; `Schedule` puts 2^-24 in its place, as
+    diffusers' Euler, DPM-Solver and UniPC do (its DDIM keeps the 0, and so differs by some 2^-12 in the first step).
+    """
+    root = torch.cumprod(1 - beta, dim=0).sqrt()  # (T,)
+    alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
 def _betas(config: ScheduleConfig) -> Tensor:
     T, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.beta_schedule == "linear":
@@ -156,6 +197,8 @@ def _betas(config: ScheduleConfig) -> Tensor:
 
 def _signal_and_noise(t: int | Tensor, x: Tensor, schedule: Schedule) -> tuple:
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for one t, tensors (B, 1, ...) like x for one t an image."""
+    if isinstance(t, Timestep):
+        return math.sqrt(t.alpha_bar), math.sqrt(1 - t.alpha_bar)
     t = _in_range(t, schedule)
     alpha_bar = schedule.alpha_bar[t]
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

@@ -207,7 +207,7 @@ def test_a_repository_as_published_in_2022(tiny, folder):
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_schedules_are_read_as_diffusers_ddim_reads_them(kind):
     theirs = getattr(diffusers, kind)()
-    for raw in ({"_class_name": kind}, json.loads(theirs.to_json_string()), {"_class_name": kind, "beta_end": 0.012, "steps_offset": 1}):
+    for raw in ({"_class_name": kind}, json.loads(theirs.to_json_string()), {"_class_name": kind, "beta_end": 0.012, "rescale_betas_zero_snr": True}):
         as_ddim = diffusers.DDIMScheduler.from_config(raw)
         ours = formats.schedule_config(raw)
         assert vars(ours) == {field: as_ddim.config[field] for field in vars(ours)}
@@ -402,7 +402,7 @@ def test_weights_of_another_architecture(folder):
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
         ("text_encoder/config.json", {"layer_norm_eps": 1e-3}, ["layer_norm_eps"]),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, ["beta_schedule", "sigmoid"]),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr"]),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, ["thresholding"]),
         ("scheduler/scheduler_config.json", {"beta_start": "small"}, ["scheduler_config.json"]),
         ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, ["StableDiffusion3Pipeline"]),
         ("model_index.json", {"vae": [None, None]}, ["names no vae"]),

@@ -16,6 +16,7 @@ from labkit import __main__ as cli
 from labkit import checkpoint
 from labkit.checkpoint import save_pipeline, write_sums
 from labkit.models import sources
+from labkit.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red ball left of a blue cube"
@@ -74,6 +75,15 @@ def test_generate_without_figures_and_quotes(run, model, tmp_path):
     assert Image.open(tmp_path / "image.png").size == (32, 16)
 
 
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddim", "ddpm")])
+def test_generate_with_every_sampler(run, model, tmp_path, sampler):
+    figures = sampler in ("heun", "dpm_solver_karras")  # two calls a step, timesteps that are not the table's
+    code, out, err = run("generate", "a red ball", "--sampler", sampler, "--steps", 2, "--model", model, "--out", tmp_path,
+                         *([] if figures else ["--no-figures"]))  # fmt: skip
+    assert (code, err) == (0, []) and listing(tmp_path) == (FILES if figures else ["image.png", "recipe.json"])
+    assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["sampler"] == sampler
+
+
 @pytest.mark.parametrize("w", [0, 1])
 def test_generate_without_guidance(run, model, tmp_path, w):
     assert run("generate", "a red ball", "--guidance", w, "--steps", 1, "--model", model, "--out", tmp_path)[0] == 0
@@ -99,7 +109,7 @@ def test_generate_without_guidance(run, model, tmp_path, w):
         (["a ball", "--width", "17"], ["width is 17", "multiple of 4"]),
         (["a ball", "--height", "-8"], ["height is -8", "multiple of 4"]),
         (["a ball", "--seed", "-1"], ["seed -1 is out of range"]),
-        (["a ball", "--sampler", "euler"], ["'euler'", "ddim, ddpm"]),
+        (["a ball", "--sampler", "eular"], ["'eular'", "ddim, ddpm, euler, euler_ancestral, heun"]),
         (["a ball", "--device", "tpu"], ["'tpu'", "'cpu'"]),
         (["a ball", "--model", "no-such-model"], ["No model called 'no-such-model'", "'tabletop'"]),
         (["a ball", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "HF_HUB_OFFLINE"]),

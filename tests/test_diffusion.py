@@ -15,6 +15,7 @@ from labkit.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from labkit.models.tokenizer import Tokenizer, build_vocabulary
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
+from labkit.samplers import SAMPLERS
 from labkit.schedule import ScheduleConfig, q_sample, x0_from_eps
 from labkit.tap import listen, taps
 
@@ -74,6 +75,46 @@ def test_same_weights_and_seeds_give_the_latents_and_pictures_of_diffusers(kind,
     for mine, yours in zip(ours.images, images, strict=True):
         assert mine.size == yours.size == (24, 16)
         assert (from_pil(mine) - from_pil(yours)).abs().max() < 1.5 / 255
+
+
+THEIRS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_solver": ("DPMSolverMultistepScheduler", {}),
+    "dpm_solver_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def pipes(tmp_path_factory):
+    def pipe(kind, spacing):
+        lab = build(prediction_type=kind, timestep_spacing=spacing)
+        folder = save_pipeline(lab, tmp_path_factory.mktemp("pipe") / kind)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None, image_encoder=None)
+        pipe.set_progress_bar_config(disable=True)
+        return lab, pipe, pipe.scheduler.config
+
+    return {kind: pipe(kind, spacing) for kind, spacing in (("epsilon", "leading"), ("v_prediction", "trailing"))}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_the_latents_of_diffusers(sampler, kind, pipes):
+    """Leading spacing and eps, trailing spacing and v; where Euler starts depends on the spacing."""
+    lab, pipe, config = pipes[kind]
+    cls, options = THEIRS[sampler]
+    pipe.scheduler = getattr(diffusers, cls).from_config(config, **options)
+    generators = [torch.Generator("cpu").manual_seed(s) for s in (3, 4)]
+    latents = pipe(
+        PROMPTS, num_inference_steps=6, guidance_scale=4.0, height=16, width=24, generator=generators, output_type="latent"
+    ).images  # fmt: skip
+    ours = draw(lab, PROMPTS, steps=6, guidance=4.0, seed=[3, 4], height=16, width=24, sampler=sampler)
+    assert ours.recipe["sampler"] == sampler
+    assert (ours.latents - latents).norm() < 2e-4 * latents.norm()
 
 
 def test_saved_and_opened_again_it_is_the_same_model(lab, tmp_path):
@@ -168,6 +209,16 @@ def test_layout_names_the_rows_of_the_network_call(lab, w, branches):
         assert layout.branches == branches and layout.images == 2 and rows % (2 * len(branches)) == 0
         assert layout.size == (8, 12) and layout.steps == 4
         assert layout.prompts == tuple(PROMPTS) and layout.negative_prompts == ("blue", "blue")
+
+
+def test_layout_counts_heuns_steps_and_not_its_calls(lab):
+    seen = []
+    site = next(iter(taps(lab.unet)))
+    with listen(lab.unet, {site: lambda x, name: seen.append((lab.layout.i, lab.layout.t))}):
+        for step in lab.steps("a red ball", steps=3, sampler="heun"):
+            assert lab.layout is None
+    first, second, third = lab.schedule.timesteps(3).tolist()
+    assert seen == [(0, first), (0, second), (1, second), (1, third), (2, third)]
 
 
 def test_layout_is_gone_after_an_error(lab):

@@ -245,6 +245,18 @@ def test_nothing_stays_after_an_error_and_what_was_recorded_is_there(lab, how):
     assert len(trace.steps) == 2 and trace.heatmap("red").averages.startswith("mean over 2 steps")
 
 
+def test_heuns_two_calls_a_step_are_averaged_and_counted_as_one_step(lab):
+    calls = []
+    with record(lab) as trace, listen(lab.unet, {"*.attn2.probs": lambda probs, name: calls.append((name, probs.clone()))}):
+        list(lab.steps(PROMPTS[0], steps=3, sampler="heun"))
+    layer = trace.layers()[0]
+    seen = [probs for name, probs in calls if name.removesuffix(".probs") == layer]
+    assert len(seen) == 5 and trace.heatmap("red").averages.startswith("mean over 3 steps")
+    mean = torch.stack(seen).mean(0)[1]  # the rows are uncond, cond: (head, N, token)
+    torch.testing.assert_close(trace.attention(layer).flatten(1, 2), mean, rtol=1e-5, atol=1e-6)
+
+
+
 def test_a_recording_inside_a_recording(lab):
     with record(lab) as outer:
         with record(lab) as inner:

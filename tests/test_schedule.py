@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from labkit.errors import LabkitError
 from labkit.schedule import (
@@ -15,6 +16,7 @@ from labkit.schedule import (
     eps_from_x0,
     eps_prediction,
     q_sample,
+    rescale_zero_snr,
     v_from,
     x0_from_eps,
     x0_from_v,
@@ -80,6 +82,28 @@ def test_final_alpha(to_one):
     assert float(ours.final_alpha_bar) == pytest.approx(float(theirs.final_alpha_cumprod), abs=1e-6)
     assert ours.alpha_bar_at(-1) == float(ours.final_alpha_bar)
     assert ours.alpha_bar_at(999) == float(ours.alpha_bar[999])
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_zero_terminal_snr_equals_diffusers(name):
+    plain, s = (Schedule(ScheduleConfig(beta_schedule=name, rescale_betas_zero_snr=zero)) for zero in (False, True))
+    torch.testing.assert_close(s.beta, rescale_zero_terminal_snr(plain.beta), rtol=1e-10, atol=1e-12)
+    theirs = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=name, rescale_betas_zero_snr=True)
+    torch.testing.assert_close(s.alpha_bar, theirs.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    assert s.alpha_bar[-1] == 2.0**-24 and s.sigma[-1].item() == pytest.approx(4096, rel=1e-6)
+    assert bool(s.snr.isfinite().all()) and bool((s.sigma.diff() > 0).all())
+
+
+def test_zero_terminal_snr_is_algorithm_1_and_not_its_twins():
+    s = Schedule()
+    root = torch.cumprod(1 - rescale_zero_snr(s.beta), 0).sqrt()
+    old = s.alpha_bar.sqrt()
+    assert root[0].item() == pytest.approx(old[0].item()) and root[-1].abs() < 1e-12  # where it starts, where it ends
+    stretch = root[:-1] / (old - old[-1])[:-1]
+    torch.testing.assert_close(stretch, stretch[:1].expand(999))  # between them the same line, stretched
+    alpha_bar = s.alpha_bar[0] / (s.alpha_bar[0] - s.alpha_bar[-1]) * (s.alpha_bar - s.alpha_bar[-1])
+    assert (root**2 - alpha_bar).abs().max() > 1e-2  # shifted without the root
+    assert (root - (old - old[-1])).abs().max() > 1e-2  # shifted, not scaled back
 
 
 def test_q_sample_and_velocity_equal_diffusers():

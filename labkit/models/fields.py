@@ -44,7 +44,7 @@ SCHEDULERS = {  # they differ in how they sample, not in the noise that was adde
         "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep",
     )
 }  # fmt: skip
-SCHEDULE_OFF = {"trained_betas", "thresholding", "rescale_betas_zero_snr", "use_flow_sigmas", "use_dynamic_shifting", "shift_terminal"}
+SCHEDULE_OFF = {"trained_betas", "thresholding", "use_flow_sigmas", "use_dynamic_shifting", "shift_terminal"}
 SCHEDULE_IGNORED = {  # of the sampler, which is ours to choose
     "algorithm_type", "clip_sample", "clip_sample_range", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
     "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final", "noise_sampler_seed",

@@ -170,6 +170,7 @@ def schedule_config(raw: dict) -> ScheduleConfig:
         timestep_spacing=raw.get("timestep_spacing", "leading"),
         steps_offset=integer(raw, "steps_offset", 0, low=0),
         set_alpha_to_one=truth(raw, "set_alpha_to_one", True),
+        rescale_betas_zero_snr=truth(raw, "rescale_betas_zero_snr", False),
     )
     for field, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS)):
         if getattr(config, field) not in known:
@@ -179,7 +180,7 @@ def schedule_config(raw: dict) -> ScheduleConfig:
 
 def schedule_to_diffusers(config: ScheduleConfig) -> dict:
     """ScheduleConfig -> scheduler_config.json of a DDIMScheduler."""
-    return {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False, **vars(config)}
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False, **vars(config)}
 
 
 def vae_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

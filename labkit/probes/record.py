@@ -36,14 +36,18 @@ CROSS = "*.attn2.probs"
 
 @dataclass(eq=False)
 class Sum:
-    """Attention of one layer in one branch, added up: `total` (image, head, y, x, token) float32, over `steps` steps."""
+    """Attention of one layer in one branch, added up: `total` (image, head, y, x, token) float32, over `calls` network calls in `steps` steps."""
 
     total: Tensor
+    last: int  # the step of the latest call
     steps: int = 1
+    calls: int = 1  # more than steps where a sampler (Heun) calls the network twice in one
 
-    def add(self, probs: Tensor) -> None:
+    def add(self, probs: Tensor, i: int) -> None:
         self.total += probs
-        self.steps += 1
+        self.calls += 1
+        self.steps += i != self.last
+        self.last = i
 
 
 @dataclass(eq=False)
@@ -115,7 +119,7 @@ class Run:
         if head is not None and (type(head) is not int or not 0 <= head < heads):
             raise LabkitError(f"{layer} has heads 0 to {heads - 1}, there is no head {head!r}.")
         total = recorded.total[image] if head is None else recorded.total[image, head]
-        return total[..., tokens].cpu() / recorded.steps
+        return total[..., tokens].cpu() / recorded.calls
 
     def _check(self, image: int, branch: str) -> None:
         if not self.sums:
@@ -240,6 +244,6 @@ def add_attention(run: Run, layout: Layout, layer: str, probs: Tensor) -> None:
     for branch, part in zip(layout.branches, rows):  # part: (image, head, y, x, token)
         run.prompts[branch] = layout.prompts if branch == "cond" else layout.negative_prompts
         if (layer, branch) in run.sums:
-            run.sums[layer, branch].add(part)
+            run.sums[layer, branch].add(part, layout.i)
         else:
-            run.sums[layer, branch] = Sum(part.clone())
+            run.sums[layer, branch] = Sum(part.clone(), layout.i)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from labkit.errors import LabkitError
+from labkit.schedule import Timestep
 
-Denoiser = Callable[[Tensor, int], Tensor]  # eps = denoise(x_t, t), eps of x_t's shape
+Denoiser = Callable[[Tensor, int | Timestep], Tensor]  # eps = denoise(x_t, t), eps of x_t's shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +20,13 @@ class Step:
     """One step of a sampler: the latent it arrived at, and the predictions it made on the way."""
 
     i: int       # 0, 1, ..., steps - 1
-    t: int       # the timestep that the network was told
+    t: int       # the timestep that the network was told; a `Timestep`, a float, where it is none of the table's
     x: Tensor    # (B, C, h, w) the latent after the step: at the level where the next step starts
     eps: Tensor  # (B, C, h, w) the predicted noise
     x0: Tensor   # (B, C, h, w) the clean latent that this eps implies
 
 
-def predict(denoise: Denoiser, x: Tensor, t: int) -> Tensor:
+def predict(denoise: Denoiser, x: Tensor, t: int | Timestep) -> Tensor:
     """eps = denoise(x, t), checked to have x's shape: a wrong shape would broadcast and still draw something."""
     eps = denoise(x, t)
     if eps.shape != x.shape:
