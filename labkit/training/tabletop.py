@@ -40,7 +40,7 @@ class Preset:
     clip: LoopConfig = LoopConfig(steps=1600, batch_size=64, lr=1e-3, warmup=100)
     vae: LoopConfig = LoopConfig(steps=6000, batch_size=4, lr=1e-3, cooldown=0.4, ema_decay=0.998)
     vae_loss: VAELoss = VAELoss()
-    diffusion: LoopConfig = LoopConfig(steps=7000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
+    diffusion: LoopConfig = LoopConfig(steps=9000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
