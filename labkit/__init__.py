@@ -40,7 +40,7 @@ NAMES = {
     "Trace": "labkit.probes.record",
     "decode_trajectory": "labkit.probes.trajectory",
     "sweep_guidance": "labkit.probes.sweep",
-    "optimize": "labkit.optimize",
+    "optimize": "labkit.packing",
 }
 ROOMS = (
     *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),

@@ -294,7 +294,7 @@ def test_recording_works_on_all_of_them(family, labs):
 
 @pytest.mark.parametrize("family", ("sd21", "sdxl", "refiner"))
 def test_optimized_they_draw_the_same(family, labs):
-    from labkit.optimize import available, optimize
+    from labkit.packing import available, optimize
 
     if not available():
         pytest.skip("this build of torch lacks the kernels")

@@ -22,7 +22,7 @@ LAYERS = [
     {"checkpoint", "convert", "samplers"},
     {"guidance"},
     {"diffusion"},
-    {"optimize", "probes", "editing"},
+    {"packing", "probes", "editing"},
     {"plots", "widgets"},
     {"__init__", "__main__"},  # the front doors: they may open every room, no room may go out through them
 ]

@@ -24,7 +24,7 @@ from labkit.models.config import SD15_TEXT, SD15_UNET, SD15_VAE
 from labkit.models.formats import unet_to_diffusers, vae_to_diffusers
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
-from labkit.optimize import pack
+from labkit.packing import pack
 
 STEPS, GUIDANCE = 20, 7.5
 

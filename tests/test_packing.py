@@ -14,7 +14,7 @@ from labkit.models.config import UNetConfig, VAEConfig
 from labkit.models.layers import Attention
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
-from labkit.optimize import LONG, ROWS, PackedConv, PackedLinear, PackedPointwise, available, optimize, pack, tiled_attention
+from labkit.packing import LONG, ROWS, PackedConv, PackedLinear, PackedPointwise, available, optimize, pack, tiled_attention
 from labkit.tap import taps
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN kernels")
@@ -146,7 +146,7 @@ def test_twice_is_once_and_attention_is_left_where_it_was(lab):
 
 
 def test_what_cannot_be_optimised_is_told(lab, monkeypatch):
-    monkeypatch.setattr("labkit.optimize.KERNELS", ("_no_such_kernel",))
+    monkeypatch.setattr("labkit.packing.KERNELS", ("_no_such_kernel",))
     with pytest.raises(LabkitError, match="oneDNN"):
         optimize(lab)
     with pytest.raises(LabkitError, match="on a CPU, this one is on meta"):
