@@ -39,7 +39,7 @@ def test_card_states_the_parameters_that_are_there(lab):
 def test_held_out_renders_come_back(lab):
     pictures = render(scenes(World(), TEST_SEED, 16)).image
     back = lab.decode(lab.encode_image(pictures))
-    assert float(psnr(pictures, back).mean()) >= 27
+    assert float(psnr(pictures, back).mean()) >= 31  # the card's 33.2 on 500; the first target was 27
 
 
 def test_latents_have_unit_variance(lab):
@@ -52,7 +52,7 @@ def test_one_object_prompts_are_drawn_right(lab):
     drawn = lab.generate([w["prompt"] for w in wanted], seed=list(range(len(wanted))), progress=False)
     seen = [best(p) for p in classify(drawn.images)]
     right = sum(s["colour"] == w["colour"] and s["shape"] == w["shape"] for s, w in zip(seen, wanted))
-    assert right >= 17  # the card's 76 of 100 make 23, this sample 21; chance is 1
+    assert right >= 27  # the card's 100 of 100 make 31; chance is 1
 
 
 def test_words_look_where_their_object_is(lab):
