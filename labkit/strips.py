@@ -6,8 +6,9 @@
 Tiles that are decoded each by itself and blended (Stable Diffusion's usual tiled decoding) differ from the whole picture: GroupNorm (Wu & He 2018)
 takes mean and variance over all of it, and the attention of the middle looks everywhere. So the middle, at 1/f of the size, is
 computed whole. After it every map is a list of strips; a norm takes its statistics over all of them, a convolution runs strip by strip
-with a row of each neighbour, and an input strip is let go as soon as its output is there. At no time is there more than two maps of
-the widest layer's output and some strips, where the plain decoder holds input, norm and SiLU of the widest map, and what its convolution needs.
+with a row of each neighbour, and an input strip is let go as soon as its output is there. So it holds about one map of the widest
+layer, where the plain decoder holds three (it, its norm, its SiLU): for Stable Diffusion 1.5 at 1024 pixels 1.3 GiB instead of 3.0, at 2048
+4.8 instead of 12 (`tests/benchmarks/decode_memory.py`).
 Nothing is computed twice but the outer rows. The order in which a sum is taken is all that differs, some 1e-6 in float32.
 """
 
