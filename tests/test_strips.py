@@ -11,7 +11,7 @@ from labkit import strips as S
 from labkit.errors import LabkitError
 from labkit.models.config import VAEConfig
 from labkit.models.vae import VAE
-from labkit.optimize import available, pack
+from labkit.packing import available, pack
 from labkit.strips import by_strips, decode_in_strips, whole_norm
 from labkit.tap import listen, taps
 from tests import tiny
