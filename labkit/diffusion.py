@@ -29,9 +29,11 @@ from labkit.models.unet import UNet
 from labkit.models.vae import VAE
 from labkit.samplers import SAMPLERS, Step, first_latent
 from labkit.schedule import Schedule, ScheduleConfig, Timestep, eps_prediction
+from labkit.strips import decode_in_strips
 
 DEFAULTS = {"steps": 20, "guidance": 7.5, "sampler": "ddim"}
 DECODED_AT_ONCE = 2**20  # pixels: the decoder's memory is what breaks first when many or large images are drawn
+LARGE = 2**19  # pixels: pictures above this are decoded in strips, one at a time
 
 
 @dataclass(frozen=True)
@@ -169,14 +171,19 @@ class LatentDiffusion:
         return counted()
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1], float32, of latents (B, 4, h, w); LabkitError if they are not finite."""
+    def decode(self, z: Tensor, strips: bool | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], float32, of latents (B, 4, h, w); LabkitError if they are not finite.
+
+        With `strips` they are decoded one at a time in strips of rows: the same pictures to rounding, in less memory; None does so
+        where they are large.
+        """
         if z.ndim != 4:
             raise LabkitError(f"The latents are {tuple(z.shape)}: give (B, {self.vae.config.latent_channels}, h, w).")
         dtype, pixels = self.vae.post_quant_conv.weight.dtype, z[0, 0].numel() * self.vae.config.factor**2
         z = z.to(self.device, dtype) / self.vae.config.scaling_factor
-        parts = z.split(max(1, DECODED_AT_ONCE // pixels))
-        images = torch.cat([self.vae.decode(part).float() for part in parts])  # (B, 3, H, W)
+        strips = pixels > LARGE if strips is None else strips
+        parts = z.split(1 if strips else max(1, DECODED_AT_ONCE // pixels))
+        images = torch.cat([(decode_in_strips(self.vae, part) if strips else self.vae.decode(part)).float() for part in parts])  # (B, 3, H, W)
         if not bool(images.isfinite().all()):
             raise LabkitError(f"The picture has values that are not finite ({dtype}): load the model in float32.")
         return (images / 2 + 0.5).clamp(0, 1)

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "tap", "device"},
     {"schedule"},
     {"models"},
-    {"checkpoint", "convert", "samplers"},
+    {"checkpoint", "convert", "samplers", "strips"},
     {"guidance"},
     {"diffusion"},
     {"packing", "probes", "editing"},
