@@ -35,8 +35,9 @@ def convert_checkpoint(
 ) -> Path:  # fmt: skip
     """Write a checkpoint as a diffusers folder, or, if `target` ends in .safetensors, as one file with the names it had; returns the path.
 
-    Weights as `dtype`, or as they are, none of them NaN or infinite; the other options are those of `open_one_file`. Of one file, only `ema` matters: the average takes
-    the weights' names. What is there already is replaced only with `overwrite`. Raises CheckpointError; the target is complete or absent.
+    Weights as `dtype`, or as they are, none of them NaN or infinite; the other options are those of `open_one_file`. Of one file, only `ema`
+    matters: the average takes the weights' names. What is there already is replaced only with `overwrite`. Raises CheckpointError; the
+    target is complete or absent.
     """
     source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target)).absolute()
     tensors = read_pickle(source) if source.suffix.lower() in PICKLES else None
