@@ -49,12 +49,13 @@ ROOMS = (
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 
 
-def load(name="tabletop", device=None, dtype=None, variant=None, **one_file) -> "LatentDiffusion":  # noqa: F821
+def load(name="tabletop", device=None, dtype=None, variant=None, check=False, **one_file) -> "LatentDiffusion":  # noqa: F821
     """Open a model: "tabletop" (shipped, checked against its SHA-256 sums), a diffusers folder, one .safetensors file, or a hub id.
 
     `device`: "cpu", "cuda", "mps", or None for the best there is; `dtype`: "float32", "float16", ..., or None for what
-    suits the device; `variant`: which set of weights to read where there are several, such as "fp16"; `one_file`: for a
-    checkpoint of one file, tokenizer=FOLDER, ema=True, prediction_type="epsilon" (labkit.models.single_file). Only a hub id
+    suits the device; `variant`: which set of weights to read where there are several, such as "fp16"; `check`: read all weights
+    and refuse NaN and infinity in them (else only what must be converted is, the rest being mapped and read when it is used);
+    `one_file`: for a checkpoint of one file, tokenizer=FOLDER, ema=True, prediction_type="epsilon" (labkit.models.single_file). Only a hub id
     that is not in the local cache needs the network. Raises LabkitError (CheckpointError where the files are at fault): what is
     wrong, in which file, and what to do.
     """
@@ -63,7 +64,7 @@ def load(name="tabletop", device=None, dtype=None, variant=None, **one_file) -> 
     from labkit.diffusion import LatentDiffusion
 
     device = pick_device(device)
-    return LatentDiffusion(**vars(load_pipeline(name, device, pick_dtype(device, dtype), variant, **one_file)))
+    return LatentDiffusion(**vars(load_pipeline(name, device, pick_dtype(device, dtype), variant, check, **one_file)))
 
 
 def __getattr__(name: str):

@@ -69,11 +69,13 @@ class Parts:
 
 
 def load_pipeline(
-    name: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, variant: str | None = None, **one_file
+    name: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, variant: str | None = None, check: bool = False, **one_file
 ) -> Parts:
     """The parts of the model called `name`: "tabletop", a folder, one file, or a hub id; on `device`, as `dtype` (None: as in the file).
 
     `variant` asks for one set of weights by name ("fp16"); raises CheckpointError, which lists what there is, if one part has none.
+    Weights that are in the wanted type already are views of the mapped file and are not read before they are used (models/files.py says
+    what that means); with `check` all are read, and NaN or infinity in them is a CheckpointError. What is converted is always checked.
     `one_file` are the options of `open_one_file`, for a checkpoint of one file: ema, prediction_type, tokenizer.
     """
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
@@ -83,7 +85,7 @@ def load_pipeline(
         raise CheckpointError(f"{path}: {', '.join(one_file)} is for a checkpoint of one file; in a folder its own files say it.")
     if path.resolve() == (DATA / "tabletop").resolve():
         verify_sums(path)
-    source = open_one_file(path, **one_file) if path.is_file() else Folder(path, variant)
+    source = open_one_file(path, **one_file, check=check) if path.is_file() else Folder(path, variant, check)
     index = _check_index(source)
 
     def network(part: str, config, build, rename, dtype=dtype) -> nn.Module:

@@ -35,8 +35,9 @@ def convert_checkpoint(
 ) -> Path:  # fmt: skip
     """Write a checkpoint as a diffusers folder, or, if `target` ends in .safetensors, as one file with the names it had; returns the path.
 
-    Weights as `dtype`, or as they are; the other options are those of `open_one_file`. Of one file, only `ema` matters: the average takes
-    the weights' names. What is there already is replaced only with `overwrite`. Raises CheckpointError; the target is complete or absent.
+    Weights as `dtype`, or as they are, none of them NaN or infinite; the other options are those of `open_one_file`. Of one file, only `ema`
+    matters: the average takes the weights' names. What is there already is replaced only with `overwrite`. Raises CheckpointError; the
+    target is complete or absent.
     """
     source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target)).absolute()
     tensors = read_pickle(source) if source.suffix.lower() in PICKLES else None
@@ -50,7 +51,7 @@ def convert_checkpoint(
         with whole_folder(target, overwrite) as folder:
             _write_folder(one, folder, dtype)
         return target
-    tensors = read_safetensors(source) if tensors is None else {n: sound(t, n, source, "cpu", None) for n, t in tensors.items()}
+    tensors = read_safetensors(source, check=True) if tensors is None else {n: sound(t, n, source, check=True) for n, t in tensors.items()}
     if ema:
         tensors = {n: tensors[ema_name(n)] if n.startswith("model.diffusion_model.") else t for n, t in tensors.items() if not n.startswith("model_ema.")}
     with whole_file(target, overwrite) as path:
@@ -112,11 +113,11 @@ def _check_archive(path: Path, size: int) -> None:
 
 def _opened(path: Path, tensors: dict[str, Tensor] | None, ema, prediction_type, tokenizer) -> OneFile:
     if tensors is None:
-        return open_one_file(path, ema, prediction_type, tokenizer)
+        return open_one_file(path, ema, prediction_type, tokenizer, check=True)
     table = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
 
     def read(names, device, dtype):
-        return {n: table[n] if torch.device(device).type == "meta" else sound(tensors[n], n, path, device, dtype) for n in names}
+        return {n: table[n] if torch.device(device).type == "meta" else sound(tensors[n], n, path, device, dtype, check=True) for n in names}
 
     return recognise(path, table, read, tensors.get("global_step"), ema, prediction_type, tokenizer)
 

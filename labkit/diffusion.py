@@ -185,7 +185,7 @@ class LatentDiffusion:
         parts = z.split(1 if strips else max(1, DECODED_AT_ONCE // pixels))
         images = torch.cat([(decode_in_strips(self.vae, part) if strips else self.vae.decode(part)).float() for part in parts])  # (B, 3, H, W)
         if not bool(images.isfinite().all()):
-            raise LabkitError(f"The picture has values that are not finite ({dtype}): load the model in float32.")
+            raise LabkitError(f"The picture has values that are not finite ({dtype}): load the model in float32, or with check=True to check its weights.")
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()

@@ -175,7 +175,14 @@ def test_numbers_that_are_none(folder, value, dtype):
     tensors[NAME] = tensors[NAME].to(dtype)
     tensors[NAME][3] = value
     save_file(tensors, folder / UNET)
-    refused(folder, str(folder / UNET), f"{NAME} holds NaN or infinity")
+    refused(folder, str(folder / UNET), f"{NAME} holds NaN or infinity", check=True)
+    if dtype == torch.float32:  # nothing to convert, so nothing is read
+        assert not load_pipeline(folder).unet.conv_in.bias.isfinite().all()
+        refused(folder, f"{NAME} holds NaN or infinity as torch.bfloat16", dtype=torch.bfloat16)
+    else:
+        refused(folder, str(folder / UNET), f"{NAME} holds NaN or infinity as torch.float32")
+    if dtype == torch.float16:
+        assert not load_pipeline(folder, dtype=None).unet.conv_in.bias.isfinite().all()
 
 
 @posix

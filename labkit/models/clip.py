@@ -61,15 +61,20 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        # from_pretrained, because nn.Embedding(...) on the meta device has torch import its compiler, two seconds of loading
-        self.token_embedding = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.hidden_size), freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.randn(config.max_position_embeddings, config.hidden_size), freeze=False)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         length, context = ids.shape[1], self.position_embedding.num_embeddings
         if length > context:
             raise LabkitError(f"{length} tokens do not fit into the text encoder's context of {context}; shorten the prompt")
         return self.token_embedding(ids) + self.position_embedding.weight[:length]  # (B, L, D)
+
+
+def embedding(count: int, dim: int) -> nn.Embedding:
+    """nn.Embedding(count, dim), N(0, 1); not that itself, because random numbers on the meta device have torch import its compiler, a second of loading."""
+    weight = torch.empty(count, dim)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 
 class Layers(nn.Module):

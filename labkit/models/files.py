@@ -4,6 +4,9 @@
 
 Weights are read from safetensors only. A safetensors file is a table of names, types and offsets followed by plain numbers:
 opening one runs nothing, whoever wrote it. Pickled weights (.bin, .ckpt, .pt) can run any code on opening and are refused.
+Weights are not copied: where device and type are the file's own, a tensor is a private view of the mapped file, read when it is first used.
+What is written to it stays in memory. The file may be removed or replaced by renaming, and the view is of the old one; a file that
+is written over in place changes the model, and one that is cut short under it ends the process.
 Every failure is a CheckpointError of one line: which file, which parameter, what was expected, what to do.
 """
 
@@ -79,9 +82,9 @@ def choose_weights(names: set[str], stem: str, dtype: torch.dtype | None = None,
 
 
 def read_tensors(
-    folder: Path, stem: str, device="cpu", dtype: torch.dtype | None = None, variant: str | None = None
+    folder: Path, stem: str, device="cpu", dtype: torch.dtype | None = None, variant: str | None = None, check: bool = False
 ) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a part's folder, in one file or in shards, as floating point `dtype` on `device`; and the file's name."""
+    """All tensors of a part's folder, one file or shards, as `read_safetensors` reads them; and the file's name."""
     try:
         names = {p.name for p in folder.iterdir()}
     except OSError:
@@ -91,13 +94,13 @@ def read_tensors(
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     if path.suffix != ".json":
-        return read_safetensors(path, device, dtype), path
+        return read_safetensors(path, device, dtype, check=check), path
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not all(_is_shard(file) for file in where.values()):
         raise CheckpointError(f"{path}: its weight_map must name files of this folder; {AGAIN}.")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(where.values())):
-        part = read_safetensors(folder / shard, device, dtype)
+        part = read_safetensors(folder / shard, device, dtype, check=check)
         if lacking := [key for key, file in where.items() if file == shard and key not in part]:
             raise CheckpointError(f"{folder / shard}: lacks {few(lacking)}, which {path.name} puts there; {AGAIN}.")
         if twice := sorted(tensors.keys() & part.keys()):
@@ -106,10 +109,11 @@ def read_tensors(
     return tensors, path
 
 
-def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None, names=None) -> dict[str, Tensor]:
-    """The tensors of one safetensors file (or those called `names`), converted one by one, so that no second copy of the whole is held.
+def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None, names=None, check: bool = False) -> dict[str, Tensor]:
+    """The tensors of one safetensors file (or those called `names`): views of the mapped file, converted one by one where they must be.
 
-    On the device "meta" they are told from the header alone: names, shapes and types, without memory. Raises CheckpointError.
+    What is converted, or all with `check`, is read and must be finite (`sound`). On the device "meta" they are told from the header
+    alone: names, shapes and types, without memory. Raises CheckpointError.
     """
     entries = read_header(path)
     wanted = list(entries) if names is None else list(names)
@@ -122,21 +126,25 @@ def read_safetensors(path: Path, device="cpu", dtype: torch.dtype | None = None,
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for key in wanted:
-                tensors[key] = sound(file.get_tensor(key), key, path, device, dtype)
+                tensors[key] = sound(file.get_tensor(key), key, path, device, dtype, check)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not all of it can be read ({' '.join(str(error).split())}); {AGAIN}.") from None
     return tensors
 
 
-def sound(tensor: Tensor, name: str, path: Path, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of a tensor on `device`, as `dtype` if it is one of fractions; CheckpointError if it holds NaN or infinity."""
+def sound(tensor: Tensor, name: str, path: Path, device="cpu", dtype: torch.dtype | None = None, check: bool = False) -> Tensor:
+    """A tensor on `device`, as `dtype` if it is one of fractions: itself, not read, where it is that already, else converted.
+
+    Raises CheckpointError if what was converted (float32 can exceed float16), or any of it with `check`, holds NaN or infinity.
+    """
+    if tensor.data_ptr() % tensor.element_size():  # the header's length decides; kernels may rely on numbers lying at multiples of their size
+        tensor = tensor.clone()
     if not tensor.is_floating_point():
         return tensor
-    # a copy: what was read would be a view of the file, and break if the file is replaced or cut
-    tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        raise CheckpointError(f"{path}: {name} holds NaN or infinity as {tensor.dtype}; {AGAIN}, or load it as float32.")
-    return tensor
+    converted = tensor.to(device, dtype or tensor.dtype)
+    if (check or converted is not tensor) and not torch.isfinite(converted.sum(dtype=torch.float32)):
+        raise CheckpointError(f"{path}: {name} holds NaN or infinity as {converted.dtype}; {AGAIN}, or load it as float32.")
+    return converted
 
 
 def check_links(root: Path) -> None:
@@ -198,6 +206,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype
     """Write tensors to one safetensors file, those of fractions as `dtype` or as they are; OSError if it cannot be written."""
     tensors = {n: t.detach().to("cpu", dtype if dtype and t.is_floating_point() else t.dtype).contiguous() for n, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a file that is there may be mapped by a loaded model: that one keeps it, this is another
     path.touch()
     mode = path.stat().st_mode  # what the user's umask says; safetensors would let nobody else read it
     try:

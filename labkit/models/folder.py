@@ -14,8 +14,8 @@ from labkit.models.tokenizer import Tokenizer
 class Folder:
     """What `OneFile` is for one file: `index()`, `config(part)`, `tensors(part)`, `tokenizer(part)`; all raise CheckpointError."""
 
-    def __init__(self, root: Path, variant: str | None = None) -> None:
-        self.path, self.variant = root, variant
+    def __init__(self, root: Path, variant: str | None = None, check: bool = False) -> None:
+        self.path, self.variant, self.check = root, variant, check
         try:
             if not (root / "model_index.json").exists():
                 if (root / "config.json").exists() and (root.parent / "model_index.json").exists():
@@ -41,7 +41,7 @@ class Folder:
 
     def tensors(self, part: str, device="cpu", dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], Path]:
         """A part's tensors and the file they are in (or its index); on the device "meta", what the files say that they hold."""
-        return read_tensors(self.path / part, STEMS[part], device, dtype, self.variant)
+        return read_tensors(self.path / part, STEMS[part], device, dtype, self.variant, self.check)
 
     def tokenizer(self, part: str, max_length: int) -> Tokenizer:
         """The tokenizer of a text encoder."""

@@ -50,17 +50,20 @@ NOT_STANDARD = (  # models of the same layout that do something else, by a name 
 SPARE = ("cond_stage_model.logit_scale", "cond_stage_model.text_projection", "cond_stage_model.transformer.logit_scale")  # of the wrappers
 
 
-def open_one_file(path: str | Path, ema: bool = False, prediction_type: str | None = None, tokenizer: str | Path | None = None) -> OneFile:
+def open_one_file(
+    path: str | Path, ema: bool = False, prediction_type: str | None = None, tokenizer: str | Path | None = None, check: bool = False
+) -> OneFile:
     """A one-file `.safetensors` checkpoint; only its header is read. Raises CheckpointError.
 
     `ema`: the U-Net's moving average in place of its last weights, where the file has both (it is the better for drawing, the other
     for further training). `prediction_type`: "epsilon" or "v_prediction"; None takes what marks the file has (see `recognise`).
+    `check`: tensors that hold NaN or infinity are refused when they are read.
     """
     path = Path(path)
     entries = read_header(path)
 
     def read(wanted, device, dtype):
-        return read_safetensors(path, device, dtype, wanted)
+        return read_safetensors(path, device, dtype, wanted, check)
 
     counted = "global_step" in entries and math.prod(entries["global_step"].shape) == 1
     step = read_safetensors(path, names=["global_step"])["global_step"] if counted else None

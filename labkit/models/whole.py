@@ -8,6 +8,7 @@ Whatever stops the writing, a full disk, an interrupt, an error of ours, what wa
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,10 +73,18 @@ def _take_the_place(unfinished: Path, folder: Path) -> None:
         unfinished.rename(folder)
         return
     aside = folder.parent / f".{folder.name[:200]}.{uuid.uuid4().hex[:8]}.old"
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except PermissionError as error:  # Windows, where what is open or mapped keeps its name
+        raise CheckpointError(
+            f"{folder}: cannot be replaced ({error.strerror}); nothing was changed there. On Windows a model that was loaded from it holds it: delete that "
+            "model first, or choose another name."
+        ) from None
     try:
         unfinished.rename(folder)
     except OSError:
         aside.rename(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        warnings.warn(f"{folder} is replaced, but what it was cannot be removed while it is in use: delete {aside} later.", stacklevel=5)

@@ -127,8 +127,32 @@ def load() -> None:
 
         ours, theirs, _ = alternate(start(mine), start(other), 5)
         print(f"{'start Python, load SD 1.5 from memory':48} labkit {ours:7.2f} s  diffusers {theirs:7.2f} s  ratio {ours / theirs:.2f} (target 0.5)", flush=True)
+        just_unet(target)
         ours, bare, _ = alternate(start("import torch, labkit"), start("import torch"), 5)
         print(f"{'import labkit beside import torch':48} {ours - bare:+.2f} s (target 0.3)", flush=True)
+
+
+def just_unet(model: Path) -> None:
+    """The U-Net alone, in fresh processes: seconds of loading without imports, and the largest memory after it and after reading it all once."""
+    ours = (
+        "from labkit.models import files, folder, formats, unet\n"
+        "def load(path):\n"
+        "    source = folder.Folder(path)\n"
+        "    config = formats.unet_config(source.config('unet'))\n"
+        "    return files.fill(lambda: unet.UNet(config), lambda where: source.tensors('unet', where)[0], 'cpu', source.where('unet'))\n"
+    )
+    theirs = "from diffusers import UNet2DConditionModel\ndef load(path): return UNet2DConditionModel.from_pretrained(path / 'unet')\n"
+    told = (
+        "import resource, sys, time, torch, pathlib\n"
+        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)\n"
+        f"before, start = most(), time.perf_counter()\nunet = load(pathlib.Path({str(model)!r}))\n"
+        "seconds, loaded = time.perf_counter() - start, most()\nsum(p.sum() for p in unet.parameters())\n"
+        "print(seconds, loaded - before, most() - before, sum(p.nbytes for p in unet.parameters()) / 1e9)"
+    )
+    for name, code in (("labkit", ours), ("diffusers", theirs)):
+        runs = [subprocess.run([sys.executable, "-c", code + told], check=True, capture_output=True, text=True).stdout.split() for _ in range(5)]
+        seconds, loaded, read, size = (statistics.median(map(float, column)) for column in zip(*runs))
+        print(f"U-Net of {size:.2f} GB, {name:9} {seconds:7.2f} s  memory {loaded:.2f} GB when loaded, {read:.2f} GB when all of it has been read", flush=True)
 
 
 def large_tokenizer():
