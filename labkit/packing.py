@@ -3,6 +3,7 @@
     y = W x + b,   W reordered beforehand into the blocks in which oneDNN multiplies          convolutions and linear layers
     k, v = W_k c, W_v c,   once a prompt, not once a step                                      cross-attention
     softmax(q_i K^T / sqrt(d)) V,   one tile of queries i after the other, as products         self-attention
+    conv3(double(x)) = four conv2(x),   one for each place in a doubled pixel                   upsampling
 
 The model files say what is computed and know nothing of this. `optimize` makes a second LatentDiffusion whose U-Net and VAE
 are the same modules around other leaves; the first stays as it is. Outputs agree to rounding, some 1e-6 in float32. It
@@ -19,6 +20,7 @@ from labkit.device import keep_freed_memory
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.models.layers import Attention
+from labkit.models.unet import Upsample
 from labkit.tap import taps
 
 KERNELS = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
@@ -55,9 +57,13 @@ def pack(network: nn.Module) -> nn.Module:
     fast = copy.deepcopy(network, {id(p): p for p in network.parameters()})  # deepcopy takes these for copied already
     for tap in taps(fast).values():
         tap.listeners = []  # who listens to the original does not listen to the copy
-    for path, module in list(fast.named_modules()):
+    for path, module in list(fast.named_modules()):  # outer modules come first, so what is replaced whole is not looked into
+        if type(module) is Upsample:
+            continue
         for name, child in list(module.named_children()):
-            if type(child) is nn.Conv2d:
+            if type(child) is Upsample:
+                setattr(module, name, PackedUpsample(child))
+            elif type(child) is nn.Conv2d:
                 pointwise = child.kernel_size == (1, 1) and child.stride == (1, 1) and child.padding == (0, 0) and child.groups == 1
                 setattr(module, name, (PackedPointwise if pointwise else PackedConv)(child))
             elif type(child) is nn.Linear:
@@ -114,6 +120,39 @@ class PackedPointwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = without_gradient(x).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (B, h, w, C), no copy
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").permute(0, 3, 1, 2)  # (B, C', h, w)
+
+
+class PackedUpsample(nn.Module):
+    """Doubling by repetition and then a 3x3 convolution, (B, C, h, w) -> (B, C', 2h, 2w), as four 2x2 convolutions of the small map.
+
+    A pixel of the doubled map has one of four places in its cell. At each, the nine pixels that the kernel covers are copies of
+    four, so the weights of equal ones are added up beforehand: the same sums in 4/9 of the multiplications.
+    """
+
+    def __init__(self, layer: Upsample) -> None:
+        super().__init__()
+        self.dense, self.bias = layer.conv.weight.detach(), detached(layer.conv.bias)  # sums cannot be taken apart again
+        self.geometry = ([0, 0], [1, 1], [1, 1], 1)
+        fold = self.dense.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (place in the cell, small row, row of the kernel)
+        weights = torch.einsum("ayr,bxs,oirs->aboiyx", fold, fold, self.dense)  # (2, 2, C', C, 2, 2)
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        self.weights = [[reorder(weights[a, b].contiguous(), *self.geometry, None) for b in (0, 1)] for a in (0, 1)]
+        self.register_state_dict_post_hook(undoubled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (B, _, h, w), C = x.shape, self.dense.shape[0]
+        x = F.pad(without_gradient(x), (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)  # (B, C, h + 2, w + 2)
+        out = torch.empty((B, C, 2 * h, 2 * w), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+        for a in (0, 1):
+            for b in (0, 1):
+                part = x[:, :, a : a + h + 1, b : b + w + 1].contiguous(memory_format=torch.channels_last)
+                out[:, :, a::2, b::2] = torch.ops.mkldnn._convolution_pointwise(part, self.weights[a][b], self.bias, *self.geometry, "none", [], "")
+        return out
+
+
+def undoubled(layer: PackedUpsample, state: dict, prefix: str, metadata: dict) -> None:
+    state[f"{prefix}conv.weight"] = layer.dense
+    state[f"{prefix}conv.bias"] = layer.bias
 
 
 def without_gradient(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import labkit
 from labkit.errors import LabkitError
 from labkit.models.config import UNetConfig, VAEConfig
 from labkit.models.layers import Attention
-from labkit.models.unet import UNet
+from labkit.models.unet import UNet, Upsample
 from labkit.models.vae import VAE
-from labkit.packing import LONG, ROWS, PackedConv, PackedLinear, PackedPointwise, available, optimize, pack, tiled_attention
+from labkit.packing import LONG, ROWS, PackedConv, PackedLinear, PackedPointwise, PackedUpsample, available, optimize, pack, tiled_attention
 from labkit.tap import taps
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN kernels")
@@ -43,7 +43,7 @@ def test_unet_is_the_same_function(linear):
         x, c, t = torch.randn(B, 4, h, w), torch.randn(B, 5, 24), torch.tensor(300)
         close(fast(x, t, c), unet(x, t, c))
     assert not any(isinstance(m, (nn.Linear, nn.Conv2d)) for m in fast.modules())
-    assert {type(m) for m in fast.modules()} >= {PackedConv, PackedLinear, PackedPointwise}
+    assert {type(m) for m in fast.modules()} >= {PackedConv, PackedLinear, PackedPointwise, PackedUpsample}
     assert not any(isinstance(m, (PackedConv, PackedLinear, PackedPointwise)) for m in unet.modules())
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     found = fast.state_dict()
@@ -93,6 +93,19 @@ def test_tiled_attention_is_attention(N, L):
     out = tiled_attention(q, k, v)
     close(out, F.scaled_dot_product_attention(q, k, v))
     assert float((out - F.scaled_dot_product_attention(q, k, v, scale=1.0)).norm() / out.norm()) > 0.1  # without 1 / sqrt(d)
+
+
+@pytest.mark.parametrize("h, w, B", [(1, 1, 1), (3, 5, 2), (8, 8, 1)])
+@torch.no_grad()
+def test_upsampling_is_doubling_and_a_convolution(h, w, B):
+    torch.manual_seed(0)
+    layer, x = Upsample(6), torch.randn(B, 6, h, w)
+    out = PackedUpsample(layer)(x)
+    assert out.shape == (B, 6, 2 * h, 2 * w)
+    close(out, layer(x))
+    flipped = copy.deepcopy(layer)
+    flipped.conv.weight.copy_(layer.conv.weight.flip(2))  # rows of the kernel folded from the wrong end
+    assert float((PackedUpsample(flipped)(x) - layer(x)).norm() / layer(x).norm()) > 0.05
 
 
 @torch.no_grad()

@@ -143,8 +143,8 @@ def just_unet(model: Path) -> None:
     )
     theirs = "from diffusers import UNet2DConditionModel\ndef load(path): return UNet2DConditionModel.from_pretrained(path / 'unet')\n"
     told = (
-        "import resource, sys, time, torch, pathlib\n"
-        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)\n"
+        "import time, torch, pathlib, re\n"  # Linux only; ru_maxrss would start from the parent's
+        "def most(): return int(re.search('VmHWM: *([0-9]+)', pathlib.Path('/proc/self/status').read_text().replace(chr(9), ' '))[1]) / 1e6\n"
         f"before, start = most(), time.perf_counter()\nunet = load(pathlib.Path({str(model)!r}))\n"
         "seconds, loaded = time.perf_counter() - start, most()\nsum(p.sum() for p in unet.parameters())\n"
         "print(seconds, loaded - before, most() - before, sum(p.nbytes for p in unet.parameters()) / 1e9)"
