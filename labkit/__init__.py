@@ -43,7 +43,7 @@ NAMES = {
     "optimize": "labkit.packing",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "plots", "probes", "samplers", "scenes"),
+    *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "packing", "plots", "probes", "samplers", "scenes"),
     *("schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]

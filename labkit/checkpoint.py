@@ -89,8 +89,8 @@ def load_pipeline(
     index = _check_index(source)
 
     def network(part: str, config, build, rename, dtype=dtype) -> nn.Module:
-        file = source.tensors(part, "meta", dtype)[1]
-        return fill(lambda: build(config), lambda where: rename(source.tensors(part, where, dtype)[0]), device, file)
+        table, file = source.tensors(part, "meta", dtype)
+        return fill(lambda: build(config), rename(table), lambda: rename(source.tensors(part, device, dtype)[0]), file)
 
     def text(part: str) -> tuple[CLIPText, Tokenizer]:
         config = _in_file(source, part, lambda raw: formats.text_config(raw, index[part][1]))

@@ -142,7 +142,7 @@ class PackedUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (B, _, h, w), C = x.shape, self.dense.shape[0]
         x = F.pad(without_gradient(x), (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)  # (B, C, h + 2, w + 2)
-        out = torch.empty((B, C, 2 * h, 2 * w), dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+        out = torch.empty((B, C, 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
         for a in (0, 1):
             for b in (0, 1):
                 part = x[:, :, a : a + h + 1, b : b + w + 1].contiguous(memory_format=torch.channels_last)
@@ -151,6 +151,7 @@ class PackedUpsample(nn.Module):
 
 
 def undoubled(layer: PackedUpsample, state: dict, prefix: str, metadata: dict) -> None:
+    """Put an upsampling's parameters into a state dict, under their names."""
     state[f"{prefix}conv.weight"] = layer.dense
     state[f"{prefix}conv.bias"] = layer.bias
 

@@ -162,10 +162,10 @@ def check_links(root: Path) -> None:
             raise CheckpointError(f"{path}: is a link out of the model's folder, to {real}, and is not followed; put the file itself there.")
 
 
-def fill(build: Callable[[], nn.Module], read: Callable, device, path: Path) -> nn.Module:
-    """The module that `build` makes, its parameters being `read(device)` themselves (no copy); raises unless all names and shapes agree.
+def fill(build: Callable[[], nn.Module], table: dict[str, Tensor], read: Callable[[], dict[str, Tensor]], path: Path) -> nn.Module:
+    """The module that `build` makes, its parameters being those of `read()` themselves (no copy); raises unless all names and shapes agree.
 
-    The module is built without memory, on the meta device, and compared with `read("meta")`, what the file says that it holds: weights of
+    The module is built without memory, on the meta device, and compared with `table`, what the file says that it holds: weights of
     another model are refused before a number of them is read, and nothing is allocated or initialised only to be thrown away.
     """
     try:
@@ -174,8 +174,8 @@ def fill(build: Callable[[], nn.Module], read: Callable, device, path: Path) -> 
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         config = path.parent / "config.json"
         raise CheckpointError(f"{config if config.exists() else path}: no network can be built of it ({' '.join(str(error).split())}).") from None
-    check_fit(module, read("meta"), path)
-    module.load_state_dict(read(device), strict=True, assign=True)
+    check_fit(module, table, path)
+    module.load_state_dict(read(), strict=True, assign=True)
     return module.eval()
 
 

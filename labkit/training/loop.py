@@ -97,10 +97,10 @@ def run(recipe: Recipe, config: LoopConfig, folder: str | Path, device: str | No
     """
     if config.steps <= 0 or config.batch_size <= 0:
         raise LabkitError(f"training needs at least one step and one picture a batch, got steps={config.steps}, batch_size={config.batch_size}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if config.mixed_precision not in ("no", "bf16"):
         raise LabkitError(f"mixed_precision is {config.mixed_precision!r}: use 'no' or 'bf16'")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=device == "cpu")
     keep_freed_memory()
     if config.batch_size % accelerator.num_processes:

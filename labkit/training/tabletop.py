@@ -97,7 +97,8 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
     unet = diffusion.start_quiet(UNet(preset.unet_config))
     recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
-    with diffusion.explicit_attention(unet) if device == "cpu" or not torch.cuda.is_available() else nullcontext():
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    with diffusion.explicit_attention(unet) if on_cpu and preset.diffusion.mixed_precision == "bf16" else nullcontext():  # in float32 it is slower
         run(recipe, preset.diffusion, folder / "diffusion", device)
 
 

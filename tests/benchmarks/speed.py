@@ -139,7 +139,8 @@ def just_unet(model: Path) -> None:
         "def load(path):\n"
         "    source = folder.Folder(path)\n"
         "    config = formats.unet_config(source.config('unet'))\n"
-        "    return files.fill(lambda: unet.UNet(config), lambda where: source.tensors('unet', where)[0], 'cpu', source.where('unet'))\n"
+        "    table, file = source.tensors('unet', 'meta')\n"
+        "    return files.fill(lambda: unet.UNet(config), table, lambda: source.tensors('unet', 'cpu')[0], file)\n"
     )
     theirs = "from diffusers import UNet2DConditionModel\ndef load(path): return UNet2DConditionModel.from_pretrained(path / 'unet')\n"
     told = (
