@@ -148,7 +148,7 @@ def test_judge_is_trained_measured_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 16)
     monkeypatch.setattr(verifier, "HELD_OUT", 8)
     monkeypatch.setattr(verifier, "HELD_OUT_TEST", 8)
-    monkeypatch.setattr(data, "render_many", lambda of, workers=2: np.stack([np.full((128, 128, 3), 255 * (len(s.objects) - 1), np.uint8) for s in of]))
+    monkeypatch.setattr(data, "render_many", lambda of, workers=2: np.stack([np.full((128, 128, 3), 255 * (len(s.objects) > 1), np.uint8) for s in of]))
     config = LoopConfig(steps=25, batch_size=16, lr=3e-3, warmup=1, ema_decay=0.5)
     figures = verifier.main(tmp_path, tmp_path / "judge", config, pictures=32, test_pictures=16)
     assert figures["renders"]["count"]["n"] == 16 and figures["renders"]["count"]["share"] > 0.9, "black is one, white is several"

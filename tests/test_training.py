@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from labkit.errors import CheckpointError, LabkitError
-from labkit.models.config import UNetConfig, VAEConfig
+from labkit.models.clip import CLIPText
+from labkit.models.config import TABLETOP_TEXT, UNetConfig, VAEConfig
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE, DiagonalGaussian
-from labkit.schedule import Schedule, ScheduleConfig
+from labkit.schedule import Schedule, ScheduleConfig, q_sample
 from labkit.tap import taps
 from labkit.training import clip, data, diffusion, loop, tabletop, vae
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
@@ -371,8 +372,8 @@ def test_noise_prediction_is_the_mean_squared_error_of_the_noise():
 
     torch.manual_seed(0)
     schedule = Schedule(ScheduleConfig())
-    batch = {"x0": torch.randn(4, 4, 8, 8), "eps": torch.randn(4, 4, 8, 8), "t": torch.tensor([3, 400, 700, 999]), "c": torch.randn(4, 7, 16)}
-    objective = diffusion.NoisePrediction(Guess(), schedule)
+    batch = {"x0": torch.randn(4, 4, 8, 8), "eps": torch.randn(4, 4, 8, 8), "t": torch.tensor([3, 400, 700, 999]), "ids": torch.randint(9, (4, 7))}
+    objective = diffusion.NoisePrediction(Guess(), Ids(), schedule, float("inf"))
     out = objective(batch)
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     a = torch.cumprod(1 - beta, 0)[batch["t"]].float()[:, None, None, None]
@@ -382,7 +383,7 @@ def test_noise_prediction_is_the_mean_squared_error_of_the_noise():
     torch.testing.assert_close(out["clean"], error[:2].mean())
     torch.testing.assert_close(out["noisy"], error[2:].mean())
     torch.testing.assert_close(objective.unet.seen[0], x_t)
-    assert objective.unet.seen[1] is batch["t"] and objective.unet.seen[2] is batch["c"]
+    assert objective.unet.seen[1] is batch["t"] and torch.equal(objective.unet.seen[2], Ids()(batch["ids"]))
     twins = ((0.1 * x_t - batch["x0"]) ** 2).mean(), (0.1 * (a * batch["x0"] + (1 - a) * batch["eps"]) - batch["eps"]).pow(2).mean()
     assert all((out["loss"] - twin).abs() > 1e-2 for twin in twins), "a target that is not the noise; alpha_bar without its root"
 
@@ -429,8 +430,8 @@ def test_one_caption_in_ten_is_dropped_and_latents_are_sampled():
     recipe, latents = diffusion_recipe()
     share = replace(CPU, batch_size=128)
     batches = [recipe.batch(step, share) for step in range(24)]
-    empty = Ids()(tabletop.build_tokenizer()([""]))
-    dropped = torch.cat([(batch["c"] == empty).flatten(1).all(1) for batch in batches]).float().mean()
+    empty = tabletop.build_tokenizer()([""])
+    dropped = torch.cat([(batch["ids"] == empty).all(1) for batch in batches]).float().mean()
     assert abs(dropped - 0.1) < 0.02  # 3072 captions: 4 standard deviations
     t = torch.cat([batch["t"] for batch in batches])
     assert 0 <= t.min() < 10 and 990 <= t.max() < 1000 and abs(t.float().mean() - 499.5) < 25
@@ -439,6 +440,36 @@ def test_one_caption_in_ten_is_dropped_and_latents_are_sampled():
     assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
     again = recipe.batch(3, share)
     assert all(torch.equal(again[name], batches[3][name]) for name in again), "a step draws the same whenever it is taken"
+
+
+def test_the_error_of_eps_weighs_as_one_of_x0_clipped():
+    schedule = Schedule(ScheduleConfig())
+    w, t = diffusion.min_snr(schedule, 5.0), torch.tensor([0, 300, 999])
+    x0, eps = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    x_t = q_sample(x0, t, eps, schedule)
+    guess = eps + 0.1
+    a = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+    of_x0 = (((x_t - (1 - a).sqrt() * guess) / a.sqrt() - x0) ** 2).flatten(1).mean(1)  # (3,)
+    torch.testing.assert_close(w[t] * ((guess - eps) ** 2).flatten(1).mean(1), schedule.snr[t].clamp(max=5.0) * of_x0)
+    assert (w[schedule.snr <= 5] == 1).all() and (w[schedule.snr > 5] < 1).all(), "weights of x0 itself, min(SNR, 5), would not be 1 where it is noisy"
+    assert (diffusion.min_snr(schedule, float("inf")) == 1).all()
+    with pytest.raises(LabkitError, match="gamma"):
+        diffusion.min_snr(schedule, 0.0)
+
+
+def test_the_loss_is_weighted_and_the_text_encoder_learns():
+    text = CLIPText(replace(TABLETOP_TEXT, hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=len(tabletop.build_tokenizer()), max_position_embeddings=32))
+    recipe, _ = diffusion_recipe(UNet(replace(TINY_UNET, cross_attention_dim=16)), text.requires_grad_(False))
+    batch = recipe.batch(0, replace(CPU, batch_size=16))
+    objective, schedule = recipe.players[0].objective, Schedule(ScheduleConfig())
+    out = objective(batch)
+    x_t = q_sample(batch["x0"], batch["t"], batch["eps"], schedule)
+    error = (objective.unet(x_t, batch["t"], text(batch["ids"])) - batch["eps"]).pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(out["loss"], (diffusion.min_snr(schedule).float()[batch["t"]] * error).mean())
+    assert abs(out["loss"] - error.mean()) > 1e-3
+    out["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in text.named_parameters() if "k_proj.bias" not in name)
+    assert set(recipe.players[0].trains) == {"unet", "text_encoder"}
 
 
 def test_processes_share_one_batch_of_pictures_and_captions():

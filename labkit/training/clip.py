@@ -1,4 +1,4 @@
-"""Contrastive training of the text encoder and the image tower, after which the text encoder is frozen.
+"""Contrastive training of the text encoder and the image tower: the tower is done then, the text encoder learns on with the U-Net.
 
     s_ij = exp(tau) <image_i, text_j>  (unit vectors);   L = 1/2 [ CE(rows of s) + CE(columns of s) ]     CLIP (Radford et al. 2021), fig. 3
 

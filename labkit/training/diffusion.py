@@ -1,10 +1,13 @@
-"""Training of the U-Net on latents: guess the noise.
+"""Training of the U-Net on latents, and of the text encoder with it: guess the noise.
 
-    L = E_{x0, t, eps} || eps - eps_theta(q_sample(x0, t, eps), t, c) ||^2            DDPM (Ho et al. 2020), eq. 14; LDM, eq. 3
+    L = E_{x0, t, eps} w_t || eps - eps_theta(q_sample(x0, t, eps), t, tau_theta(y)) ||^2     DDPM (Ho et al. 2020), eq. 14; LDM, eq. 3
+    w_t = min(SNR_t, gamma) / SNR_t                                                          Hang et al. 2023, "Min-SNR Weighting", section 3.4
 
-x0 is a sample of the encoder's Gaussian times the scale factor, t is uniform, c the frozen text encoder's states of a fresh
-caption; one caption in ten is replaced by the empty one, so that the same network also learns p(x) and can be guided
-(Ho & Salimans 2022). Latents do not depend on what is learnt here, so they are computed once.
+x0 is a sample of the encoder's Gaussian times the scale factor, t is uniform, y a fresh caption; one caption in ten is replaced
+by the empty one, so that the same network also learns p(x) and can be guided (Ho & Salimans 2022). The text encoder tau starts
+from contrastive training and learns on, as in LDM; Stable Diffusion freezes CLIP's, which had seen 400 million captions.
+At nearly clean timesteps eps is guessed almost from x_t alone and badly at that: w_t keeps them from ruling the gradient.
+Latents do not depend on what is learnt here, so they are computed once.
 """
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from labkit.device import Noise
+from labkit.errors import LabkitError
 from labkit.guidance import classifier_free
 from labkit.models.clip import CLIPText
 from labkit.models.layers import ResnetBlock, SpatialTransformer
@@ -30,23 +34,32 @@ from labkit.training.loop import Player, Recipe, Share
 from labkit.training.vae import scale_factor
 
 DROPOUT = 0.1  # of the captions
-SHEET_PROMPTS = ("a red sphere", "a blue cube", "a green cylinder", "a yellow cone", "a large purple metal sphere", "a small white cube at night",
-                 "an orange cone on a checkered table", "a red sphere left of a blue cube")
+SHEET_PROMPTS = ("a red sphere", "a small white cube at night", "a pencil sketch of a yellow cone", "a red cube and a blue sphere",
+                 "three green cylinders", "a red sphere left of a blue cube", "a purple metal cone on a checkered table", "two white cones and a cyan cube")
 
 
 class NoisePrediction(nn.Module):
-    """The objective: mean squared error of the predicted noise, with the mean over early and late timesteps shown apart."""
+    """The objective: weighted mean squared error of the predicted noise; its plain mean over early and late timesteps is shown apart."""
 
-    def __init__(self, unet: UNet, schedule: Schedule) -> None:
+    def __init__(self, unet: UNet, text: CLIPText, schedule: Schedule, gamma: float) -> None:
         super().__init__()
-        self.unet, self.schedule = unet, schedule
+        self.unet, self.text, self.schedule = unet, text, schedule
+        self.weight = min_snr(schedule, gamma).float()  # (T,)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         t, eps = batch["t"], batch["eps"]
         x_t = q_sample(batch["x0"], t, eps, self.schedule)  # (B, 4, h, w)
-        error = (self.unet(x_t, t, batch["c"]) - eps).pow(2).flatten(1).mean(1)  # (B,)
+        error = (self.unet(x_t, t, self.text(batch["ids"])) - eps).pow(2).flatten(1).mean(1)  # (B,)
+        loss = (self.weight.to(t.device)[t] * error).mean()
         late = (t >= self.schedule.config.num_train_timesteps // 2).float()
-        return {"loss": error.mean(), "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
+        return {"loss": loss, "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
+
+
+def min_snr(schedule: Schedule, gamma: float = 5.0) -> Tensor:
+    """Weights of the squared error of eps, (T,): min(SNR, gamma) / SNR, so that as an error of x0 it weighs min(SNR, gamma). gamma = inf: all 1."""
+    if not gamma > 0:
+        raise LabkitError(f"gamma is {gamma}; give a positive SNR such as 5, or float('inf') for equal weights")
+    return schedule.snr.clamp(max=gamma) / schedule.snr
 
 
 def explicit_attention(unet: UNet):
@@ -107,13 +120,11 @@ def saved_scale(path: Path) -> float:
         return float(file.get_tensor("scale"))
 
 
-def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig) -> Recipe:
+def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
+           gamma: float = 5.0) -> Recipe:
     """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch."""
     schedule, scale = Schedule(config), float(latents["scale"])
-
-    @torch.no_grad()
-    def encode(words: list[str], device) -> Tensor:
-        return text.to(device)(tokenizer(words).to(device))  # (B, L, D)
+    text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
         g, n = share.generator(step), share.batch_size
@@ -125,16 +136,16 @@ def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, T
         spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]))
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
         x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
-        return {"x0": x0, "t": t, "eps": eps, "c": encode(words, share.device)}
+        return {"x0": x0, "t": t, "eps": eps, "ids": tokenizer(words).to(share.device)}
 
     @torch.no_grad()
     def sheet(modules: dict[str, nn.Module]) -> object:
         network = modules["unet"]
         device, n = next(network.parameters()).device, len(SHEET_PROMPTS)
-        c, uncond = encode(list(SHEET_PROMPTS) * 2, device), encode([""] * 2 * n, device)
+        c, uncond = (modules["text_encoder"](tokenizer(words).to(device)) for words in (list(SHEET_PROMPTS) * 2, [""] * 2 * n))  # (B, L, D)
         noise = Noise(range(2 * n), tuple(latents["mean"].shape[1:]))
         for step in ddim(classifier_free(network, c, uncond, 4.0), noise.draw().to(device), schedule, 20):
             z = step.x
         return contact_sheet(vae.to(device).decode(z / scale).cpu(), columns=n)
 
-    return Recipe([Player("diffusion", NoisePrediction(unet, schedule), {"unet": unet})], batch, sheet)
+    return Recipe([Player("diffusion", NoisePrediction(unet, text, schedule, gamma), {"unet": unet, "text_encoder": text})], batch, sheet)

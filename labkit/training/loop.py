@@ -58,6 +58,7 @@ class Player:
     trains: dict[str, nn.Module]  # saved under these names; the first player's are averaged too (EMA)
     lr_factor: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
+    channels_last: bool = True  # the faster layout of weights for most convolutions; False where there are few channels
 
 
 @dataclass
@@ -136,7 +137,8 @@ class State:
         for player in recipe.players:
             parameters = [p for m in player.trains.values() for p in m.parameters() if p.requires_grad]
             optimiser = torch.optim.AdamW(parameters, lr=config.lr, betas=player.betas, weight_decay=config.weight_decay, fused=True)
-            objective = player.objective.to(accelerator.device, memory_format=torch.channels_last)  # the faster layout for convolutions
+            layout = torch.channels_last if player.channels_last else torch.preserve_format
+            objective = player.objective.to(accelerator.device, memory_format=layout)
             objective, optimiser = accelerator.prepare(objective, optimiser)
             self.objectives.append(objective)
             self.optimisers.append(optimiser)

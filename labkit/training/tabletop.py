@@ -36,14 +36,15 @@ class Preset:
     """Everything that decides what comes out."""
 
     world: World = World()
-    pictures: int = 20_000
-    clip: LoopConfig = LoopConfig(steps=1600, batch_size=64, lr=1e-3, warmup=100)
-    vae: LoopConfig = LoopConfig(steps=6000, batch_size=4, lr=1e-3, cooldown=0.4, ema_decay=0.998)
-    vae_loss: VAELoss = VAELoss()
+    pictures: int = 40_000
+    clip: LoopConfig = LoopConfig(steps=2400, batch_size=64, lr=1e-3, warmup=100)
+    vae: LoopConfig = LoopConfig(steps=24_000, batch_size=4, lr=1e-3, cooldown=0.3, ema_decay=0.998, mixed_precision="bf16")
+    vae_loss: VAELoss = VAELoss(adversarial_from=20_000)
     diffusion: LoopConfig = LoopConfig(steps=9000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
+    gamma: float = 5.0  # of the min-SNR weights
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
 
 
@@ -96,7 +97,7 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     text = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0]
     latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
     unet = diffusion.start_quiet(UNet(preset.unet_config))
-    recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule)
+    recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule, preset.gamma)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     with diffusion.explicit_attention(unet) if on_cpu and preset.diffusion.mixed_precision == "bf16" else nullcontext():  # in float32 it is slower
         run(recipe, preset.diffusion, folder / "diffusion", device)
@@ -131,10 +132,10 @@ def export(folder: str | Path, preset: Preset, target: str | Path) -> None:
     """Write the averaged weights of all three stages to `target`: a model folder in float16, the image tower beside it, SHA-256 sums."""
     folder, target = Path(folder), Path(target)
     tokenizer = build_tokenizer()
-    text, tower = take(folder / "clip", text_encoder=text_encoder(tokenizer), image_tower=ImageTower())
+    tower = take(folder / "clip", image_tower=ImageTower())[0]
     scale = diffusion.saved_scale(folder / "latents.safetensors")
     vae = take(folder / "vae", vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
-    unet = take(folder / "diffusion", unet=UNet(preset.unet_config))[0]
+    unet, text = take(folder / "diffusion", unet=UNet(preset.unet_config), text_encoder=text_encoder(tokenizer))
     metadata = {"name": "tabletop", "defaults": {"steps": 20, "guidance": preset.guidance, "sampler": "ddim"}, "vocabulary": list(vocabulary())}
     lab = LatentDiffusion(unet, vae, text, tokenizer, preset.schedule, name="tabletop", metadata=metadata)
     save_pipeline(lab, target, dtype=torch.float16, overwrite=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.models.tower import ImageTower
-from labkit.models.vae import VAE
+from labkit.models.vae import VAE, DiagonalGaussian
 from labkit.training.data import contact_sheet, to_signed
 from labkit.training.loop import Player, Recipe, Share
 
@@ -49,7 +49,7 @@ class PatchDiscriminator(nn.Module):
 
 def perceptual(tower: ImageTower, x: Tensor, y: Tensor) -> Tensor:
     """Mean squared distance of channel-normalised features over the tower's maps: ()."""
-    fx, fy = tower.features(x), tower.features(y)
+    fx, fy = ([maps.float() for maps in tower.features(z)] for z in (x, y))
     return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).pow(2).sum(1).mean() for a, b in zip(fx, fy)) / len(fx)
 
 
@@ -66,7 +66,8 @@ class Reconstruction(nn.Module):
         tower, discriminator = self.helpers
         discriminator.requires_grad_(False)  # it learns in its own turn
         q = self.vae.encode(x)
-        y = batch["reconstruction"] = self.vae.decode(q.sample(batch["noise"]))  # (B, 3, H, W)
+        q = DiagonalGaussian(q.mean.float(), q.logvar.float())  # in mixed precision sums would be too coarse
+        y = batch["reconstruction"] = self.vae.decode(q.sample(batch["noise"])).float()  # (B, 3, H, W)
         l1, l2, kl = F.l1_loss(y, x), F.mse_loss(y, x), q.kl().sum() / x.numel()  # all per pixel value
         out = {"l1": l1, "kl": kl, "psnr": -10 * torch.log10(l2.detach() / 4)}
         loss = l1 + w.squared * l2 + w.kl * kl
@@ -103,7 +104,7 @@ def grad_norm(loss: Tensor, weight: Tensor) -> Tensor:
 
 def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAELoss()) -> Recipe:
     """Pictures (N, 128, 128, 3) uint8; the last 8 are kept for the sheet of reconstructions."""
-    discriminator = PatchDiscriminator()
+    discriminator, on_gpu = PatchDiscriminator(), torch.cuda.is_available()  # so few channels are faster in planes on a CPU
     tower.eval().requires_grad_(False)
 
     def batch(step: int, share: Share) -> dict:
@@ -124,8 +125,8 @@ def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAEL
         return contact_sheet(torch.cat([x, y]), columns=8)
 
     return Recipe([
-        Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}),
-        Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9)),
+        Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu),
+        Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu),
     ], batch, sheet)
 
 
