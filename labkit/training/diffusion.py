@@ -62,9 +62,9 @@ def min_snr(schedule: Schedule, gamma: float = 5.0) -> Tensor:
     return schedule.snr.clamp(max=gamma) / schedule.snr
 
 
-def explicit_attention(unet: UNet):
-    """A `with` in which attention is matrix products and a softmax: trained on a CPU in bfloat16, faster than the fused kernel."""
-    return listen(unet, {"*.probs": lambda probs, name: None})
+def explicit_attention(objective: nn.Module):
+    """A `with` in which all its attention is matrix products and a softmax: trained on a CPU in bfloat16, faster than the fused kernel."""
+    return listen(objective, {"*.probs": lambda probs, name: None})
 
 
 @torch.no_grad()

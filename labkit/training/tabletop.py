@@ -38,8 +38,8 @@ class Preset:
     world: World = World()
     pictures: int = 40_000
     clip: LoopConfig = LoopConfig(steps=2400, batch_size=64, lr=1e-3, warmup=100)
-    vae: LoopConfig = LoopConfig(steps=24_000, batch_size=4, lr=1e-3, cooldown=0.3, ema_decay=0.998, mixed_precision="bf16")
-    vae_loss: VAELoss = VAELoss(adversarial_from=20_000)
+    vae: LoopConfig = LoopConfig(steps=14_000, batch_size=4, lr=1e-3, cooldown=0.35, ema_decay=0.998, mixed_precision="bf16")
+    vae_loss: VAELoss = VAELoss(adversarial_from=11_500)
     diffusion: LoopConfig = LoopConfig(steps=9000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
@@ -99,7 +99,7 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     unet = diffusion.start_quiet(UNet(preset.unet_config))
     recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule, preset.gamma)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    with diffusion.explicit_attention(unet) if on_cpu and preset.diffusion.mixed_precision == "bf16" else nullcontext():  # in float32 it is slower
+    with diffusion.explicit_attention(recipe.players[0].objective) if on_cpu and preset.diffusion.mixed_precision == "bf16" else nullcontext():  # in float32 it is slower
         run(recipe, preset.diffusion, folder / "diffusion", device)
 
 
