@@ -20,7 +20,7 @@ LAYERS = [
     {"schedule"},
     {"models"},
     {"checkpoint", "convert", "samplers", "strips"},
-    {"guidance"},
+    {"guidance", "recipe"},
     {"diffusion"},
     {"packing", "probes", "editing"},
     {"plots", "widgets"},
