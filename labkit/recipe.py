@@ -47,8 +47,8 @@ def complete(lab, prompt: str | list[str], **asked) -> Recipe:
         raise LabkitError(f"There is no argument {unknown[0]!r}; there are {', '.join(Recipe.__dataclass_fields__)}.")
     asked = {name: _plain(value) for name, value in asked.items()}
     recipe, side = Recipe(_plain(prompt), **asked), lab.unet.config.sample_size * lab.vae.config.factor
-    usual = {**lab.defaults, "height": side, "width": side}
-    recipe = replace(recipe, **{name: usual[name] for name in ("steps", "guidance", "sampler", "height", "width") if getattr(recipe, name) is None})
+    usual = {**{name: lab.defaults[name] for name in ("steps", "guidance", "sampler")}, "height": side, "width": side, "rescale": 0.0}
+    recipe = replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})
     recipe = replace(recipe, **_one_for_each(recipe), interval=_interval(recipe.interval))
     for text in recipe.prompt + recipe.negative_prompt:
         if not isinstance(text, str):
