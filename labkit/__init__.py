@@ -33,7 +33,7 @@ NAMES = {
     "LabkitError": "labkit.errors",
     "CheckpointError": "labkit.errors",
     "LatentDiffusion": "labkit.diffusion",
-    "Generation": "labkit.diffusion",
+    "Generation": "labkit.generation",
     "convert_checkpoint": "labkit.convert",
     "listen": "labkit.tap",
     "record": "labkit.probes.record",
@@ -41,10 +41,11 @@ NAMES = {
     "decode_trajectory": "labkit.probes.trajectory",
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",
+    "inpaint": "labkit.editing.inpaint",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "packing", "plots", "probes", "samplers", "scenes"),
-    *("schedule", "tap", "training", "widgets"),
+    *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
+    *("recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 

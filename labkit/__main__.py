@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--negative", default="", metavar="PROMPT", help="what the picture is to keep away from")
     it.add_argument("--width", type=int, help="pixels")
     it.add_argument("--height", type=int, help="pixels")
-    it.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral, heun, dpm_solver, dpm_solver_karras or unipc (default: the model's own); heun calls the network 2 N - 1 times for N steps")
+    samplers = "ddim, ddpm, euler, euler_ancestral, heun, dpm_solver, dpm_solver_karras or unipc (default: the model's own)"
+    it.add_argument("--sampler", help=f"{samplers}; heun calls the network 2 N - 1 times for N steps")
     it.add_argument("--out", default="out", metavar="DIR", help="where the files go (default: out)")
     it.add_argument("--no-figures", action="store_true", help="write the picture and its recipe only")
 

@@ -9,17 +9,16 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 the parts; each of them is in a room of its own and knows none of the others.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from labkit.device import Noise
 from labkit.errors import LabkitError
+from labkit.generation import Generation, finished, from_pil, to_pil  # noqa: F401  (to_pil: so that both are found here too)
 from labkit.guidance import Model, classifier_free, conditioned, in_eps, in_interval
 from labkit.models.clip import CLIPText
 from labkit.models.condition import Condition, check_sizes, encode, silenced, sizes_told, usual_sizes
@@ -51,27 +50,12 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Generation:
-    """Finished pictures and what made them: `lab.generate(**generation.recipe)` draws them again."""
+class Course:
+    """What an edit changes in a run: the noise it starts from, what the U-Net reads, and where each step goes on from."""
 
-    images: list[Image.Image]
-    latents: Tensor  # (B, 4, h, w), scaled as the U-Net sees them
-    recipe: dict     # arguments of `generate`, plain values
-    model: str
-
-    @property
-    def image(self) -> Image.Image:
-        """The first picture."""
-        return self.images[0]
-
-    def _repr_png_(self) -> bytes:
-        """What a notebook shows: the pictures side by side."""
-        width, height = self.image.size
-        strip = Image.new("RGB", (width * len(self.images), height))
-        for n, image in enumerate(self.images):
-            strip.paste(image, (n * width, 0))
-        strip.save(png := BytesIO(), "PNG")
-        return png.getvalue()
+    z: Tensor                                                     # (B, 4, h, w), standard normal; x_T is made of it
+    told: Callable[[Tensor], Tensor] = lambda x_t: x_t            # x_t of all rows -> the U-Net's input
+    after: Callable[[Step], Tensor | None] = lambda step: None    # the latent to go on from, (B, 4, h, w); None: step.x
 
 
 class LatentDiffusion:
@@ -135,14 +119,19 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **said, height=height, width=width, sampler=sampler, **rarer)
         return finished(self, self.steps(**recipe.plain()), recipe, progress)
 
-    def steps(self, prompt: str | Sequence[str], **asked) -> Iterator[Step]:
-        """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`."""
-        check_words_alone(self)
+    def steps(self, prompt: str | Sequence[str], course: Callable[[Noise], Course] | None = None, **asked) -> Iterator[Step]:
+        """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`.
+
+        `course`, given the pictures' noise, says how an edit changes the run (labkit.editing).
+        """
+        if course is None:
+            check_words_alone(self)
         recipe = complete(self, prompt, **asked)
         f, c_z = self.vae.config.factor, self.vae.config.latent_channels
         size = (recipe.height // f, recipe.width // f)
         c, uncond = self._conditions(recipe)  # (B, L, D)
         noise = Noise(recipe.seed, (c_z, *size))
+        run = Course(noise.draw()) if course is None else course(noise)
         B, done = len(noise.seeds), 0
 
         def network(x_t: Tensor, t: int | Timestep, c: Tensor | Condition) -> Tensor:
@@ -150,21 +139,23 @@ class LatentDiffusion:
             self.layout = Layout(denoise.branches, B, done, t, recipe.steps, size, *texts)
             try:
                 with torch.no_grad():
-                    return self.unet(x_t.to(self.dtype), t, c).to(x_t.dtype)
+                    return self.unet(run.told(x_t).to(self.dtype), t, c).to(x_t.dtype)
             finally:
                 self.layout = None
 
         denoise = guided(network, c, uncond, recipe, self.schedule)
         # latents stay in float32 also where the network computes in half: their small last steps would be rounded away
-        x_T = noise.draw().to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
+        x_T = run.z.to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
         x_T = first_latent(recipe.sampler, x_T, self.schedule, recipe.steps)
         sampler = SAMPLERS[recipe.sampler](denoise, x_T, self.schedule, recipe.steps, noise=noise.draw)
 
         def counted() -> Iterator[Step]:
             nonlocal done
-            for step in sampler:
-                done = step.i + 1
-                yield step
+            sent = None
+            for _ in range(recipe.steps):
+                step = sampler.send(sent)
+                done, sent = step.i + 1, run.after(step)
+                yield step if sent is None else replace(step, x=sent)
 
         return counted()
 
@@ -187,15 +178,19 @@ class LatentDiffusion:
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_image(self, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
-        """Latents (B, 4, h, w) of a PIL picture, several of one size, or (B, 3, H, W) in [0, 1]: the encoder's mean."""
+    def encode_image(self, image: Image.Image | Sequence[Image.Image] | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, 4, h, w) of a PIL picture, several of one size, or (B, 3, H, W) in [0, 1]: the encoder's mean.
+
+        With standard normal `noise` (B, 4, h, w) they are a sample of what the encoder says.
+        """
         pixels = image if isinstance(image, Tensor) else from_pil(image)
         f = self.vae.config.factor
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % f or pixels.shape[3] % f:
             shape = tuple(pixels.shape)
             raise LabkitError(f"The image is {shape}: give (B, 3, H, W) with height and width multiples of {f}.")
         pixels = pixels.to(self.device, self.vae.post_quant_conv.weight.dtype) * 2 - 1
-        z = self.vae.encode(pixels).mode * self.vae.config.scaling_factor
+        said = self.vae.encode(pixels)
+        z = (said.mode if noise is None else said.sample(noise.to(said.mean))) * self.vae.config.scaling_factor
         return z.to(torch.promote_types(z.dtype, torch.float32))  # (B, 4, h, w)
 
     @torch.no_grad()
@@ -234,30 +229,3 @@ def guided(network: Model, c: Tensor | Condition, uncond: Tensor | Condition, re
     """The denoiser of a recipe: guidance, rescaled where the network speaks (v, if it says v), as eps, in its interval only."""
     inside = in_eps(classifier_free(network, c, uncond, recipe.guidance, recipe.rescale), schedule)
     return inside if recipe.interval is None else in_interval(inside, in_eps(conditioned(network, c), schedule), *recipe.interval)
-
-
-def finished(lab: LatentDiffusion, steps: Iterator[Step], recipe: Recipe, progress: bool = True) -> Generation:
-    """The pictures that steps arrive at, drawn to the end, with or without a progress bar."""
-    from tqdm.auto import tqdm
-
-    for step in tqdm(steps, total=recipe.steps, desc=lab.name, disable=not progress):
-        pass
-    return Generation(to_pil(lab.decode(step.x)), step.x, recipe.plain(), lab.name)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] as PIL pictures."""
-    pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    return [Image.fromarray(p) for p in rearrange(pixels, "b c h w -> b h w c").contiguous().numpy()]
-
-
-def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """PIL pictures of one size as (B, 3, H, W) in [0, 1]; LabkitError if their sizes differ."""
-    images = [images] if isinstance(images, Image.Image) else list(images)
-    if not images or not all(isinstance(image, Image.Image) for image in images):
-        raise LabkitError("There is no picture: give a PIL image, a list of them, or a tensor (B, 3, H, W) in [0, 1].")
-    if len({image.size for image in images}) > 1:
-        raise LabkitError(f"The pictures have sizes {sorted({i.size for i in images})}: encode one size at a time.")
-    rows = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in images]
-    width, height = images[0].size
-    return rearrange(torch.stack(rows).float() / 255, "b (h w c) -> b c h w", h=height, w=width)

@@ -87,7 +87,7 @@ def check_words_alone(lab) -> None:
     if (n := lab.unet.config.in_channels) != lab.vae.config.latent_channels:
         raise LabkitError(
             f"{lab.name} is made for inpainting: its U-Net reads {n} channels (latents, mask, latents of the masked picture), so it cannot draw from "
-            "words alone; what works is lab.unet(x, t, c) with all of them, lab.encode_text, lab.encode_image and lab.decode."
+            "words alone; use labkit.inpaint(lab, prompt, image, mask), or lab.unet(x, t, c) with all of them."
         )
 
 

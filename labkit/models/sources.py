@@ -194,4 +194,7 @@ def _sha256(path: Path) -> str:
 
 
 def _possible() -> str:
-    return "Possible are 'tabletop' (shipped), a folder in the diffusers layout, a one-file .safetensors, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', with /FILE.safetensors behind it for a checkpoint of one file."
+    return (
+        "Possible are 'tabletop' (shipped), a folder in the diffusers layout, a one-file .safetensors, or a hub id such as "
+        "'stable-diffusion-v1-5/stable-diffusion-v1-5', with /FILE.safetensors behind it for a checkpoint of one file."
+    )
