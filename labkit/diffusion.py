@@ -119,7 +119,7 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **said, height=height, width=width, sampler=sampler, **rarer)
         return finished(self, self.steps(**recipe.plain()), recipe, progress)
 
-    def steps(self, prompt: str | Sequence[str], course: Callable[[Noise], Course] | None = None, **asked) -> Iterator[Step]:
+    def steps(self, prompt: str | Sequence[str], *, course: Callable[[Noise], Course] | None = None, **asked) -> Iterator[Step]:
         """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`.
 
         `course`, given the pictures' noise, says how an edit changes the run (labkit.editing).

@@ -146,7 +146,8 @@ def test_the_recipe_draws_it_again_and_pictures_do_not_mix(pairs):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (dict(image="x.png"), "There is no picture"), (dict(image=torch.zeros(3, H, W)), r"The image is \(3, 32, 16\)"),
+        (dict(image="x.png"), "There is no picture"), (dict(image=torch.zeros(3, H, W)), r"tensor \(3, 32, 16\)"),
+        (dict(image=torch.full((1, 3, H, W), 200, dtype=torch.uint8)), r"of torch.uint8.*in \[0, 1\]"),
         (dict(image=[PICTURES[0]] * 3), "3 images for 2 pictures"), (dict(image=Image.new("RGB", (15, 16))), "width is 15"),
         (dict(height=64), "32 rows and 16 columns, 64 and 16 are asked for"), (dict(mask=Image.new("L", (H, W))), r"mask is \(16, 32\)"),
         (dict(mask=torch.ones(5, 5)), r"mask is \(5, 5\)"), (dict(mask="white"), "mask is a str"), (dict(mask=Image.new("L", (W, H))), "Nothing is to be drawn"),

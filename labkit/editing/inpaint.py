@@ -38,9 +38,9 @@ def inpaint(
     `image`: a PIL picture, one for each prompt, or (B, 3, H, W) in [0, 1]; `mask`: a PIL picture of that size, or (H, W), from 0.5 on it
     is white. The Generation's recipe has all but these two. Raises LabkitError if they do not fit, and whatever `generate` raises.
     """
-    pixels = image if isinstance(image, Tensor) else from_pil(image)  # (1 or B, 3, H, W)
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise LabkitError(f"The image is {tuple(pixels.shape)}: give a PIL picture, or (B, 3, H, W) in [0, 1].")
+    pixels = image.float().cpu() if isinstance(image, Tensor) else from_pil(image)  # (1 or B, 3, H, W)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise LabkitError(f"The image is a tensor {tuple(pixels.shape)} of {image.dtype}: give a PIL picture, or (B, 3, H, W) in [0, 1].")
     height, width = pixels.shape[2:]
     if (asked.setdefault("height", height), asked.setdefault("width", width)) != (height, width):
         raise LabkitError(f"The image has {height} rows and {width} columns, {asked['height']} and {asked['width']} are asked for: resize it first.")
