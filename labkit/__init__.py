@@ -33,7 +33,7 @@ NAMES = {
     "LabkitError": "labkit.errors",
     "CheckpointError": "labkit.errors",
     "LatentDiffusion": "labkit.diffusion",
-    "Generation": "labkit.diffusion",
+    "Generation": "labkit.generation",
     "convert_checkpoint": "labkit.convert",
     "listen": "labkit.tap",
     "record": "labkit.probes.record",
@@ -41,16 +41,18 @@ NAMES = {
     "decode_trajectory": "labkit.probes.trajectory",
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",
+    "inpaint": "labkit.editing.inpaint",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "errors", "guidance", "models", "packing", "plots", "probes", "samplers", "scenes"),
-    *("schedule", "tap", "training", "widgets"),
+    *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
+    *("recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 
 
 def load(name="tabletop", device=None, dtype=None, variant=None, check=False, **one_file) -> "LatentDiffusion":  # noqa: F821
-    """Open a model: "tabletop" (shipped, checked against its SHA-256 sums), a diffusers folder, one .safetensors file, or a hub id.
+    """Open a model: "tabletop" (shipped, checked against its SHA-256 sums), a diffusers folder, one .safetensors file, or a hub id,
+    with /FILE.safetensors behind it for a checkpoint of one file.
 
     `device`: "cpu", "cuda", "mps", or None for the best there is; `dtype`: "float32", "float16", ..., or None for what
     suits the device; `variant`: which set of weights to read where there are several, such as "fp16"; `check`: read all weights

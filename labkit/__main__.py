@@ -60,10 +60,13 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--seed", type=int, default=0, help="where the noise comes from (default 0)")
     it.add_argument("--steps", type=int, help="sampling steps (default: the model's own)")
     it.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the model's own)")
+    it.add_argument("--rescale", type=float, default=0.0, metavar="PHI", help="take back that much of the contrast that guidance adds, 0 (default) to 1")
+    it.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at timesteps from LOW to HIGH only (default: at all of them)")
     it.add_argument("--negative", default="", metavar="PROMPT", help="what the picture is to keep away from")
     it.add_argument("--width", type=int, help="pixels")
     it.add_argument("--height", type=int, help="pixels")
-    it.add_argument("--sampler", help="ddim, ddpm, euler, euler_ancestral, heun, dpm_solver, dpm_solver_karras or unipc (default: the model's own); heun calls the network 2 N - 1 times for N steps")
+    samplers = "ddim, ddpm, euler, euler_ancestral, heun, dpm_solver, dpm_solver_karras or unipc (default: the model's own)"
+    it.add_argument("--sampler", help=f"{samplers}; heun calls the network 2 N - 1 times for N steps")
     it.add_argument("--out", default="out", metavar="DIR", help="where the files go (default: out)")
     it.add_argument("--no-figures", action="store_true", help="write the picture and its recipe only")
 
@@ -97,8 +100,15 @@ def parser() -> argparse.ArgumentParser:
 
 def model_options(it: argparse.ArgumentParser, name: str) -> None:
     optional = {} if name.startswith("-") else {"nargs": "?"}
-    it.add_argument(name, default="tabletop", **optional, help="tabletop (default), a folder, or a hub id")
+    it.add_argument(name, default="tabletop", **optional, help="tabletop (default), a folder, a one-file checkpoint, a hub id, or a hub id and /FILE.safetensors")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    it.add_argument("--variant", metavar="NAME", help="which set of weights to read where a folder has several, such as fp16")
+    it.add_argument("--check", action="store_true", help="read all weights first, and refuse NaN and infinity in them")
+
+
+def opened(a: argparse.Namespace) -> "labkit.LatentDiffusion":
+    """The model that the options of `model_options` name."""
+    return labkit.load(a.model, a.device, variant=a.variant, check=a.check)
 
 
 def said(where: str):
@@ -121,9 +131,10 @@ def generate(a: argparse.Namespace) -> None:
 
     folder = Path(a.out)
     check_writable(folder)  # before the work, not after it
-    lab = labkit.load(a.model, a.device)
+    lab = opened(a)
     prompt, progress = " ".join(a.prompt), sys.stderr.isatty()
     options = {"steps": a.steps, "negative_prompt": a.negative, "height": a.height, "width": a.width, "sampler": a.sampler}
+    options |= {"rescale": a.rescale, "interval": a.interval}
     arguments = {"guidance": a.guidance, "seed": a.seed, **options}
     files = {}
     if a.no_figures:
@@ -142,7 +153,7 @@ def generate(a: argparse.Namespace) -> None:
         sweep = sweep_guidance(lab, prompt, SCALES, seeds, progress=progress, **options)
         files["guidance.png"] = plots.png(plots.guidance_sweep(sweep.images, sweep.scales, sweep.seeds, f"{quoted}: the guidance scale $w$"))
     drawn.image.save(image := BytesIO(), "PNG")
-    recipe = {"labkit": labkit.__version__, "model": a.model, "recipe": drawn.recipe}
+    recipe = {"labkit": labkit.__version__, "model": a.model, **({"variant": a.variant} if a.variant else {}), "recipe": drawn.recipe}
     files = {"image.png": image.getvalue(), **files, "recipe.json": (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()}
     write_all(folder, files)
     print(f"{', '.join(files)} are in {folder}")
@@ -162,11 +173,11 @@ def evaluate(a: argparse.Namespace) -> None:
 
     if a.out:
         check_writable(Path(a.out))
-    measure(labkit.load(a.model, a.device), a.out, prompts=a.prompts, seed=a.seed, guidance=a.guidance, steps=a.steps)
+    measure(opened(a), a.out, prompts=a.prompts, seed=a.seed, guidance=a.guidance, steps=a.steps)
 
 
 def info(a: argparse.Namespace) -> None:
-    lab = labkit.load(a.model, a.device)
+    lab = opened(a)
     schedule, side = lab.schedule_config, lab.unet.config.sample_size * lab.vae.config.factor
     print(f"{lab.name}: {side} x {side} pixels, {lab.vae.config.factor} pixels a latent, {lab.dtype} on {lab.device}")
     for part in ("text_encoder", "text_encoder_2", "unet", "vae"):

@@ -83,6 +83,8 @@ def load_pipeline(
     path = resolve(name, dtype, variant)
     if one_file and path.is_dir():
         raise CheckpointError(f"{path}: {', '.join(one_file)} is for a checkpoint of one file; in a folder its own files say it.")
+    if variant is not None and path.is_file():
+        raise CheckpointError(f"{path}: variant is for folders, which may hold several sets of weights; this is one file, load it without.")
     if path.resolve() == (DATA / "tabletop").resolve():
         verify_sums(path)
     source = open_one_file(path, **one_file, check=check) if path.is_file() else Folder(path, variant, check)
@@ -106,7 +108,7 @@ def load_pipeline(
         vae,
         *texts[0],
         _in_file(source, "scheduler", lambda raw: Schedule(formats.schedule_config(raw)).config),  # its tables can be made
-        str(metadata.get("name") or (path.resolve().stem if path.is_file() else path.resolve().name if Path(os.path.expanduser(name)).is_dir() else name)),
+        str(metadata.get("name") or _called(name, path)),
         metadata,
         *(texts[1] if texts[1:] else (None, None)),
         force_zeros="text_encoder_2" in index and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -127,11 +129,19 @@ def save_pipeline(lab, folder: str | Path, dtype: torch.dtype | None = None, ove
     return folder
 
 
+def _called(name: str | Path, path: Path) -> str:
+    """What a model without a name of its own is called: its file, its folder, or the hub id it was asked for by."""
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if Path(os.path.expanduser(name)).is_dir() else str(name)
+
+
 def _check_index(source: Folder | OneFile) -> dict:
     """model_index.json without the parts that are absent; raises unless it is of Stable Diffusion's kind, made of parts labkit has."""
     raw, folder = source.index(), source.path
     if raw.get("_class_name") not in PIPELINES:
-        raise CheckpointError(f"{folder / 'model_index.json'}: is of a {raw.get('_class_name')}; labkit opens StableDiffusionPipeline (1.x, 2.x), StableDiffusionXLPipeline and kin.")
+        kind = f"{folder / 'model_index.json'}: is of a {raw.get('_class_name')}"
+        raise CheckpointError(f"{kind}; labkit opens StableDiffusionPipeline (1.x, 2.x), StableDiffusionXLPipeline and kin.")
     index, kinds = {key: value for key, value in raw.items() if value not in (None, [None, None])}, KINDS
     if "XL" in raw["_class_name"]:
         kinds = {**KINDS, **SECOND}

@@ -9,26 +9,25 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 the parts; each of them is in a room of its own and knows none of the others.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from io import BytesIO
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from labkit.device import Noise
 from labkit.errors import LabkitError
-from labkit.guidance import classifier_free
+from labkit.generation import Generation, finished, from_pil, to_pil  # noqa: F401  (to_pil: so that both are found here too)
+from labkit.guidance import Model, classifier_free, conditioned, in_eps, in_interval
 from labkit.models.clip import CLIPText
 from labkit.models.condition import Condition, check_sizes, encode, silenced, sizes_told, usual_sizes
-from labkit.models.tokenizer import WORDS, Tokenizer, normalise
+from labkit.models.tokenizer import Tokenizer
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
-from labkit.samplers import SAMPLERS, Step, first_latent
-from labkit.schedule import Schedule, ScheduleConfig, Timestep, eps_prediction
+from labkit.recipe import Recipe, check_text, check_words_alone, complete
+from labkit.samplers import SAMPLERS, Denoiser, Step, first_latent
+from labkit.schedule import Schedule, ScheduleConfig, Timestep
 from labkit.strips import decode_in_strips
 
 DEFAULTS = {"steps": 20, "guidance": 7.5, "sampler": "ddim"}
@@ -51,27 +50,12 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Generation:
-    """Finished pictures and what made them: `lab.generate(**generation.recipe)` draws them again."""
+class Course:
+    """What an edit changes in a run: the noise it starts from, what the U-Net reads, and where each step goes on from."""
 
-    images: list[Image.Image]
-    latents: Tensor  # (B, 4, h, w), scaled as the U-Net sees them
-    recipe: dict     # arguments of `generate`, plain values
-    model: str
-
-    @property
-    def image(self) -> Image.Image:
-        """The first picture."""
-        return self.images[0]
-
-    def _repr_png_(self) -> bytes:
-        """What a notebook shows: the pictures side by side."""
-        width, height = self.image.size
-        strip = Image.new("RGB", (width * len(self.images), height))
-        for n, image in enumerate(self.images):
-            strip.paste(image, (n * width, 0))
-        strip.save(png := BytesIO(), "PNG")
-        return png.getvalue()
+    z: Tensor                                                     # (B, 4, h, w), standard normal; x_T is made of it
+    told: Callable[[Tensor], Tensor] = lambda x_t: x_t            # x_t of all rows -> the U-Net's input
+    after: Callable[[Step], Tensor | None] = lambda step: None    # the latent to go on from, (B, 4, h, w); None: step.x
 
 
 class LatentDiffusion:
@@ -120,53 +104,58 @@ class LatentDiffusion:
         width: int | None = None,
         sampler: str | None = None,
         progress: bool = True,
-        sizes: Sequence[float] | None = None,
+        **rarer,
     ) -> Generation:
         """Draw pictures of a prompt, or of several; None means the model's own default.
 
         `prompt`, `guidance`, `seed` and `negative_prompt` are one value for all pictures or a list with one for each;
-        `height` and `width` are pixels. The same seed gives the same picture in any batch, and in diffusers. `sizes` is what
-        SDXL is told, in pixels: original height, width, crop top, left, target height, width (its refiner: an aesthetic score
-        in place of the last two); None is height, width, 0, 0, height, width. Raises LabkitError if any of it cannot be.
+        `height` and `width` are pixels. The same seed gives the same picture in any batch, and in diffusers. Rarer:
+        `rescale`, 0 to 1, takes back that much of the contrast that strong guidance adds; `interval=(low, high)` guides at
+        timesteps low <= t <= high only (labkit.guidance); `sizes` is what SDXL is told, in pixels: original height, width,
+        crop top, left, target height, width (its refiner: an aesthetic score in place of the last two); None is height,
+        width, 0, 0, height, width. Raises LabkitError if any of it cannot be.
         """
-        from tqdm.auto import tqdm
+        said = {"steps": steps, "guidance": guidance, "seed": seed, "negative_prompt": negative_prompt}
+        recipe = complete(self, prompt, **said, height=height, width=width, sampler=sampler, **rarer)
+        return finished(self, self.steps(**recipe.plain()), recipe, progress)
 
-        recipe = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes)
-        for step in tqdm(self.steps(**recipe), total=recipe["steps"], desc=self.name, disable=not progress):
-            pass
-        return Generation(to_pil(self.decode(step.x)), step.x, recipe, self.name)
+    def steps(self, prompt: str | Sequence[str], *, course: Callable[[Noise], Course] | None = None, **asked) -> Iterator[Step]:
+        """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`.
 
-    def steps(
-        self, prompt, steps=None, guidance=None, seed=0, negative_prompt="", height=None, width=None, sampler=None, sizes=None
-    ) -> Iterator[Step]:
-        """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`."""
-        plan = self._recipe(prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes)
-        f = self.vae.config.factor
-        size = (plan["height"] // f, plan["width"] // f)
-        c, uncond = self._conditions(plan)  # (B, L, D)
-        noise = Noise(plan["seed"], (self.unet.config.in_channels, *size))
+        `course`, given the pictures' noise, says how an edit changes the run (labkit.editing).
+        """
+        if course is None:
+            check_words_alone(self)
+        recipe = complete(self, prompt, **asked)
+        f, c_z = self.vae.config.factor, self.vae.config.latent_channels
+        size = (recipe.height // f, recipe.width // f)
+        c, uncond = self._conditions(recipe)  # (B, L, D)
+        noise = Noise(recipe.seed, (c_z, *size))
+        run = Course(noise.draw()) if course is None else course(noise)
         B, done = len(noise.seeds), 0
 
         def network(x_t: Tensor, t: int | Timestep, c: Tensor | Condition) -> Tensor:
-            texts = tuple(plan["prompt"]), tuple(plan["negative_prompt"])
-            self.layout = Layout(denoise.branches, B, done, t, plan["steps"], size, *texts)
+            texts = tuple(recipe.prompt), tuple(recipe.negative_prompt)
+            self.layout = Layout(denoise.branches, B, done, t, recipe.steps, size, *texts)
             try:
                 with torch.no_grad():
-                    return self.unet(x_t.to(self.dtype), t, c).to(x_t.dtype)
+                    return self.unet(run.told(x_t).to(self.dtype), t, c).to(x_t.dtype)
             finally:
                 self.layout = None
 
-        denoise = classifier_free(eps_prediction(network, self.schedule), c, uncond, plan["guidance"])
+        denoise = guided(network, c, uncond, recipe, self.schedule)
         # latents stay in float32 also where the network computes in half: their small last steps would be rounded away
-        x_T = noise.draw().to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
-        x_T = first_latent(plan["sampler"], x_T, self.schedule, plan["steps"])
-        sampler = SAMPLERS[plan["sampler"]](denoise, x_T, self.schedule, plan["steps"], noise=noise.draw)
+        x_T = run.z.to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
+        x_T = first_latent(recipe.sampler, x_T, self.schedule, recipe.steps)
+        sampler = SAMPLERS[recipe.sampler](denoise, x_T, self.schedule, recipe.steps, noise=noise.draw)
 
         def counted() -> Iterator[Step]:
             nonlocal done
-            for step in sampler:
-                done = step.i + 1
-                yield step
+            sent = None
+            for _ in range(recipe.steps):
+                step = sampler.send(sent)
+                done, sent = step.i + 1, run.after(step)
+                yield step if sent is None else replace(step, x=sent)
 
         return counted()
 
@@ -189,15 +178,19 @@ class LatentDiffusion:
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_image(self, image: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
-        """Latents (B, 4, h, w) of a PIL picture, several of one size, or (B, 3, H, W) in [0, 1]: the encoder's mean."""
+    def encode_image(self, image: Image.Image | Sequence[Image.Image] | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, 4, h, w) of a PIL picture, several of one size, or (B, 3, H, W) in [0, 1]: the encoder's mean.
+
+        With standard normal `noise` (B, 4, h, w) they are a sample of what the encoder says.
+        """
         pixels = image if isinstance(image, Tensor) else from_pil(image)
         f = self.vae.config.factor
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % f or pixels.shape[3] % f:
             shape = tuple(pixels.shape)
             raise LabkitError(f"The image is {shape}: give (B, 3, H, W) with height and width multiples of {f}.")
         pixels = pixels.to(self.device, self.vae.post_quant_conv.weight.dtype) * 2 - 1
-        z = self.vae.encode(pixels).mode * self.vae.config.scaling_factor
+        said = self.vae.encode(pixels)
+        z = (said.mode if noise is None else said.sample(noise.to(said.mean))) * self.vae.config.scaling_factor
         return z.to(torch.promote_types(z.dtype, torch.float32))  # (B, 4, h, w)
 
     @torch.no_grad()
@@ -208,7 +201,7 @@ class LatentDiffusion:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
-            self._check_text(prompt)
+            check_text(self, prompt)
         if not self._sizes_told and sizes is None:
             return encode(self.texts, prompts).to(self.dtype)  # (B, L, D)
         side = self.unet.config.sample_size * self.vae.config.factor
@@ -216,98 +209,23 @@ class LatentDiffusion:
         sizes = usual if sizes is None else check_sizes(sizes, usual)
         return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
 
-    def _conditions(self, plan: dict) -> tuple[Tensor | Condition, Tensor | Condition]:
+    def _conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
         """What the pictures of a recipe are told in the branches "cond" and "uncond"."""
-        usual = usual_sizes(self._sizes_told, plan["height"], plan["width"])
-        asked = plan.get("sizes")
+        usual = usual_sizes(self._sizes_told, recipe.height, recipe.width)
+        asked = recipe.sizes
         # of what the user says, the branches share all but the refiner's aesthetic score
         told = usual if asked is None else (asked, (*asked[:4], *usual[1][4:]) if self._sizes_told == 5 else asked)
-        c, uncond = self.encode_text(plan["prompt"], told[0] or None), self.encode_text(plan["negative_prompt"], told[1] or None)
+        c, uncond = self.encode_text(recipe.prompt, told[0] or None), self.encode_text(recipe.negative_prompt, told[1] or None)
         if self.force_zeros:
-            uncond = silenced(uncond, torch.tensor([text == "" for text in plan["negative_prompt"]], device=self.device))
+            uncond = silenced(uncond, torch.tensor([text == "" for text in recipe.negative_prompt], device=self.device))
         return c, uncond
 
     @property
     def _sizes_told(self) -> int:
         return sizes_told(self.unet.config, self.texts[-1][0].config)
 
-    def _check_text(self, text: str) -> None:
-        for _, tokenizer in self.texts:
-            if rest := tokenizer.cut(text):
-                n = tokenizer.max_length - 2
-                raise LabkitError(f"The prompt is too long: the model reads {n} tokens, {rest!r} is cut off. Shorten it.")
-        said = WORDS.findall(normalise(text)[0]) if self.vocabulary else ()
-        unknown = [word for word in dict.fromkeys(said) if word not in self.vocabulary]
-        if unknown:
-            known = sorted(self.vocabulary)
-            near = get_close_matches(unknown[0], known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            names = ", ".join(map(repr, unknown))
-            raise LabkitError(f"{self.name} does not know {names}.{hint} It knows these words: {' '.join(known)}")
 
-    def _recipe(self, prompt, steps, guidance, seed, negative_prompt, height, width, sampler, sizes) -> dict:
-        """The arguments of `generate` completed and checked: one prompt, seed and negative prompt for each picture."""
-        if (n := self.unet.config.in_channels) != self.vae.config.latent_channels:
-            raise LabkitError(
-                f"{self.name} is made for inpainting: its U-Net reads {n} channels (latents, mask, latents of the masked picture), so it cannot draw from "
-                "words alone; what works is lab.unet(x, t, c) with all of them, lab.encode_text, lab.encode_image and lab.decode."
-            )
-        guidance = self.defaults["guidance"] if guidance is None else guidance
-        lists = {"prompt": _listed(prompt), "seed": _listed(seed), "negative_prompt": _listed(negative_prompt)}
-        if isinstance(guidance, (list, tuple)) or getattr(guidance, "ndim", 0):
-            lists["guidance"] = _listed(guidance)
-        B = max(1, *(len(values) for values in lists.values()))
-        for field, values in lists.items():
-            if len(values) not in (1, B):
-                raise LabkitError(f"{field} has {len(values)} entries for {B} pictures: give one, or one for each.")
-            lists[field] = values * (B // len(values))
-        for text in lists["prompt"] + lists["negative_prompt"]:
-            if not isinstance(text, str):
-                raise LabkitError(f"A prompt is a text, this is {type(text).__name__} {text!r}.")
-        if not all(text.strip() for text in lists["prompt"]):
-            raise LabkitError("The prompt is empty: say what to draw, such as 'a red sphere'.")
-        sampler = self.defaults["sampler"] if sampler is None else sampler
-        if sampler not in SAMPLERS:
-            raise LabkitError(f"Unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}.")
-        steps = self.defaults["steps"] if steps is None else steps
-        self.schedule.timesteps(steps)  # raises where the number cannot be
-        side = self.unet.config.sample_size * self.vae.config.factor
-        return {
-            **{"guidance": guidance, **lists}, "steps": steps, "sampler": sampler,
-            "height": self._side("height", side if height is None else height),
-            "width": self._side("width", side if width is None else width),
-            **({"sizes": check_sizes(sizes, usual_sizes(self._sizes_told, side, side)[0])} if sizes is not None else {}),
-        }  # fmt: skip
-
-    def _side(self, field: str, pixels: int) -> int:
-        # f pixels make one latent, and the U-Net halves the latents at every level but the last
-        multiple = self.vae.config.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if not isinstance(pixels, int) or pixels < multiple or pixels % multiple:
-            near = max(round(pixels / multiple), 1) * multiple if isinstance(pixels, int) else multiple
-            raise LabkitError(f"{field} is {pixels!r}: give a multiple of {multiple} pixels, such as {near}.")
-        return pixels
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] as PIL pictures."""
-    pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    return [Image.fromarray(p) for p in rearrange(pixels, "b c h w -> b h w c").contiguous().numpy()]
-
-
-def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """PIL pictures of one size as (B, 3, H, W) in [0, 1]; LabkitError if their sizes differ."""
-    images = [images] if isinstance(images, Image.Image) else list(images)
-    if not images or not all(isinstance(image, Image.Image) for image in images):
-        raise LabkitError("There is no picture: give a PIL image, a list of them, or a tensor (B, 3, H, W) in [0, 1].")
-    if len({image.size for image in images}) > 1:
-        raise LabkitError(f"The pictures have sizes {sorted({i.size for i in images})}: encode one size at a time.")
-    rows = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in images]
-    width, height = images[0].size
-    return rearrange(torch.stack(rows).float() / 255, "b (h w c) -> b c h w", h=height, w=width)
-
-
-def _listed(value) -> list:
-    """One value or several as a list of plain values."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)
-
+def guided(network: Model, c: Tensor | Condition, uncond: Tensor | Condition, recipe: Recipe, schedule: Schedule) -> Denoiser:
+    """The denoiser of a recipe: guidance, rescaled where the network speaks (v, if it says v), as eps, in its interval only."""
+    inside = in_eps(classifier_free(network, c, uncond, recipe.guidance, recipe.rescale), schedule)
+    return inside if recipe.interval is None else in_interval(inside, in_eps(conditioned(network, c), schedule), *recipe.interval)

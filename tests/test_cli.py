@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import build
 
 import labkit
@@ -75,6 +77,34 @@ def test_generate_without_figures_and_quotes(run, model, tmp_path):
     assert Image.open(tmp_path / "image.png").size == (32, 16)
 
 
+def test_generate_with_rescaled_guidance_in_an_interval(run, model, tmp_path):
+    asked = ("generate", "a red ball", "--guidance", 30, "--steps", 4, "--model", model, "--out")
+    code, out, err = run(*asked, tmp_path / "a", "--rescale", 0.7, "--interval", 300, "999")
+    assert (code, err) == (0, []) and listing(tmp_path / "a") == FILES
+    recipe = json.loads((tmp_path / "a" / "recipe.json").read_text())["recipe"]
+    assert (recipe["rescale"], recipe["interval"]) == (0.7, [300, 999])
+    again = labkit.load(model, "cpu").generate(**recipe, progress=False).image
+    assert again.tobytes() == Image.open(tmp_path / "a" / "image.png").tobytes()
+    assert run(*asked, tmp_path / "b", "--no-figures")[0] == 0
+    assert (tmp_path / "b" / "image.png").read_bytes() != (tmp_path / "a" / "image.png").read_bytes()
+
+
+def test_variant_and_check_where_weights_are_opened(run, model, tmp_path):
+    """A model with a second set of weights, which is zero, and broken."""
+    folder = Path(shutil.copytree(model, tmp_path / "two"))
+    for path in folder.glob("*/*.safetensors"):
+        tensors = load_file(path)
+        save_file({name: torch.full_like(t, torch.nan) if name == "conv_in.bias" else t for name, t in tensors.items()}, path.with_suffix(".bad.safetensors"))
+    assert run("info", folder, "--check", "--device", "cpu")[0] == 0 and run("info", folder, "--variant", "bad", "--device", "cpu")[0] == 0
+    for command in (("info", folder), ("evaluate", folder), ("generate", "a ball", "--no-figures", "--out", tmp_path / "out", "--model", folder)):
+        code, out, err = run(*command, "--variant", "bad", "--check", "--device", "cpu")
+        assert (code, out, len(err)) == (2, [], 1) and "conv_in.bias holds NaN" in err[0] and ".bad.safetensors" in err[0]
+        code, out, err = run(*command, "--variant", "fp16", "--device", "cpu")
+        assert (code, len(err)) == (2, 1) and "there is variant=None, variant='bad'" in err[0]
+    code, _, err = run("generate", "a ball", "--no-figures", "--steps", 1, "--out", tmp_path / "out", "--model", folder, "--variant", "bad")
+    assert code == 2 and "not finite" in err[0] and listing(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("ddim", "ddpm")])
 def test_generate_with_every_sampler(run, model, tmp_path, sampler):
     figures = sampler in ("heun", "dpm_solver_karras")  # two calls a step, timesteps that are not the table's
@@ -106,6 +136,10 @@ def test_generate_without_guidance(run, model, tmp_path, w):
         (["a ball", "--steps", "5000"], ["steps is 5000", "at most 1000"]),
         (["a ball", "--guidance", "nan"], ["Guidance is nan", "finite"]),
         (["a ball", "--guidance", "inf"], ["Guidance is inf", "finite"]),
+        (["a ball", "--rescale", "2"], ["rescale is 2.0", "0 (off) to 1"]),
+        (["a ball", "--interval", "700", "300"], ["700.0 to t = 300.0", "lower timestep first"]),
+        (["a ball", "--interval", "700"], ["--interval", "expected 2 arguments"]),
+        (["a ball", "--variant", "fp16"], ["no weights called variant 'fp16'", "variant=None"]),
         (["a ball", "--width", "17"], ["width is 17", "multiple of 4"]),
         (["a ball", "--height", "-8"], ["height is -8", "multiple of 4"]),
         (["a ball", "--seed", "-1"], ["seed -1 is out of range"]),

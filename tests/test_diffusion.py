@@ -295,6 +295,10 @@ def test_half_precision_network_with_float32_latents():
         (dict(height=15), "multiple of 4"), (dict(width=0), "width"), (dict(width=-8), "width"), (dict(height="16"), "height"),
         (dict(seed="a"), "seed"), (dict(seed=-1), "seed"), (dict(seed=1.5), "seed"), (dict(seed=None), "seed"),
         (dict(seed=[1, 2, 3], prompt=PROMPTS), "one for each"), (dict(sampler="magic"), "ddim, ddpm"),
+        (dict(rescale=1.5), "rescale is 1.5"), (dict(rescale="0.7"), "rescale"), (dict(rescale=True), "rescale is True"),
+        (dict(interval=(800, 200)), "lower timestep first"), (dict(interval=5), "two timesteps"), (dict(interval=(1, 2, 3)), "two timesteps"),
+        (dict(interval=(0, None)), "two timesteps"), (dict(interval=(0, float("nan"))), "lower timestep first"), (dict(interval="ab"), "two timesteps"),
+        (dict(stepz=5), "no argument 'stepz'; there are prompt, steps"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_at_once_in_one_line(lab, change, says):

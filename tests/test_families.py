@@ -16,6 +16,7 @@ from labkit.models import condition, config, formats, sources
 from labkit.models.clip import CLIPText
 from labkit.models.condition import Condition
 from labkit.models.unet import UNet
+from labkit.recipe import complete
 
 from labkit.tap import taps
 
@@ -249,6 +250,34 @@ def test_twenty_steps_of_v_prediction(labs, pipes):
     assert relative(latents, expected) < 1e-3 and (pictures - theirs).abs().max() <= 1 / 255
 
 
+ZERO_SNR = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm_solver": "DPMSolverMultistepScheduler"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in diffusers
+@pytest.mark.parametrize("sampler", ZERO_SNR)
+def test_zero_terminal_snr_through_a_whole_pipeline(sampler, tmp_path):
+    """As its paper has it: v, betas that end in noise alone, trailing timesteps, rescaled guidance; saved and drawn by diffusers."""
+    folder, near = write("sd21", tmp_path / "m"), 2e-3  # alpha_bar ends at 2^-24 here, in diffusers' DDIM at 0
+    pipe = opened("sd21", folder)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipe.save_pretrained(tmp_path / "zero")
+    lab = LatentDiffusion(**vars(load_pipeline(tmp_path / "zero")))
+    assert lab.schedule_config.rescale_betas_zero_snr and lab.schedule.alpha_bar[-1] < 1e-7 and lab.schedule.timesteps(5)[0] == 999
+    pipe.scheduler = getattr(diffusers, ZERO_SNR[sampler]).from_config(pipe.scheduler.config)
+    draw = dict(height=32, width=16, guidance=7.5, rescale=0.7, steps=5, sampler=sampler, progress=False)
+    call = dict(height=32, width=16, guidance_scale=7.5, guidance_rescale=0.7, num_inference_steps=5)
+
+    def theirs(kind):
+        return pipe(PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in (0, 7)], output_type=kind, **call).images
+
+    ours = lab.generate(PROMPTS, seed=[0, 7], **draw)
+    assert relative(ours.latents, theirs("latent")) < near
+    assert (lab.decode(ours.latents) - theirs("pt")).abs().max() <= 1 / 255
+    for change in ({"rescale_betas_zero_snr": False}, {"timestep_spacing": "leading"}):
+        other = LatentDiffusion(**{**vars(load_pipeline(folder)), "schedule_config": config.replace(lab.schedule_config, **change)})
+        assert relative(other.generate(PROMPTS, seed=[0, 7], **draw).latents, theirs("latent")) > 10 * near
+
+
 def test_the_refiner_draws_as_diffusers_does(labs, pipes):
     noise = torch.cat([torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 7)])
     drawn = labs["refiner"].generate(PROMPTS, steps=4, guidance=7.5, seed=[0, 7], height=32, width=16, progress=False).latents
@@ -265,7 +294,7 @@ def test_the_refiner_draws_as_diffusers_does(labs, pipes):
 def test_sdxls_empty_negative_prompt_is_zeros_and_no_empty_text(labs, pipes, monkeypatch):
     draw = dict(steps=2, guidance=7.5, height=16, width=16, progress=False)
     lab = labs["sdxl"]
-    c, uncond = lab._conditions(lab._recipe("a ball", 2, 7.5, [0, 1], ["", "blue"], 16, 16, None, None))
+    c, uncond = lab._conditions(complete(lab, "a ball", seed=[0, 1], negative_prompt=["", "blue"], **{k: v for k, v in draw.items() if k != "progress"}))
     assert not uncond.states[0].any() and not uncond.pooled[0].any() and uncond.states[1].any() and uncond.sizes.equal(c.sizes)
     zeros = lab.generate("a ball", **draw).latents
     empty = pipes["sdxl"]("a ball", negative_prompt="", num_inference_steps=2, guidance_scale=7.5, height=16, width=16, output_type="latent",

@@ -20,7 +20,7 @@ LAYERS = [
     {"schedule"},
     {"models"},
     {"checkpoint", "convert", "samplers", "strips"},
-    {"guidance"},
+    {"guidance", "recipe", "generation"},
     {"diffusion"},
     {"packing", "probes", "editing"},
     {"plots", "widgets"},

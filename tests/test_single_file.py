@@ -1,6 +1,10 @@
 """Original one-file checkpoints: the same networks as diffusers and its converters make of them, at full size by name and shape."""
 
+import hashlib
+import os
+import re
 import shutil
+import time
 
 import originals as o
 import pytest
@@ -254,10 +258,42 @@ def test_what_stable_diffusion_2_predicts(sd2, tmp_path, extra, options, channel
     assert one.config("unet")["in_channels"] == channels
 
 
-def test_marks_of_fine_tuned_models(sd1):
-    plain, marked = in_memory(sd1[1]), in_memory({**sd1[1], "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
-    assert plain.config("scheduler")["prediction_type"] == "epsilon" and not plain.config("scheduler")["rescale_betas_zero_snr"]
-    assert marked.config("scheduler")["prediction_type"] == "v_prediction" and marked.config("scheduler")["rescale_betas_zero_snr"]
+MARKS = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}  # as they are put into files: tensors of no number
+
+
+@pytest.mark.parametrize(
+    "marks, options, expected",
+    [
+        ((), {}, ("epsilon", "leading", False)),
+        (("v_pred",), {}, ("v_prediction", "leading", False)),
+        (("v_pred", "ztsnr"), {}, ("v_prediction", "trailing", True)),
+        (("ztsnr",), {}, ("epsilon", "leading", False)),  # a network that says eps cannot begin at noise alone
+        (("ztsnr",), {"prediction_type": "v_prediction"}, ("v_prediction", "trailing", True)),
+        (("v_pred", "ztsnr"), {"prediction_type": "epsilon"}, ("epsilon", "leading", False)),
+    ],
+)
+def test_marks_of_fine_tuned_models(sd1, words, tmp_path, marks, options, expected):
+    path = save({**sd1[1], **{name: MARKS[name] for name in marks}}, tmp_path / "m.safetensors")
+    found = checkpoint.load_pipeline(path, tokenizer=words, **options).schedule_config
+    assert (found.prediction_type, found.timestep_spacing, found.rescale_betas_zero_snr) == expected
+
+
+def test_a_marked_file_draws_as_diffusers_does_when_it_is_told(sd1, words, tmp_path):
+    """diffusers opens the same networks, but has to be told of v and of zero terminal SNR."""
+    lab = labkit.load(save({**sd1[1], **MARKS}, tmp_path / "m.safetensors"), "cpu", tokenizer=words)
+    unet, vae, text = sd1[0]
+    tokens = transformers.CLIPTokenizer.from_pretrained(words)
+    told = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, clip_sample=False)
+    told |= dict(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    pipe = diffusers.StableDiffusionPipeline(vae, text, tokens, unet, diffusers.DDIMScheduler(**told), None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=5, guidance_scale=7.5, height=16, width=16, output_type="latent")
+    theirs = pipe("a red ball", generator=torch.Generator().manual_seed(0), **call).images
+    ours = lab.generate("a red ball", steps=5, guidance=7.5, height=16, width=16, progress=False)
+    assert (ours.latents - theirs).norm() < 1e-3 * theirs.norm()  # the first alpha_bar is 2^-24 here and 0 there
+    pipe.scheduler = diffusers.DDIMScheduler(**{**told, "rescale_betas_zero_snr": False})
+    without = pipe("a red ball", generator=torch.Generator().manual_seed(0), **call).images
+    assert (ours.latents - without).norm() > 2e-2 * without.norm(), "and it matters"
 
 
 def test_where_the_tokenizer_is_looked_for(sd1, words, tmp_path, monkeypatch):
@@ -318,6 +354,7 @@ UNET = "model.diffusion_model."
     "changes, says",
     [
         ({"edm_mean": (1,)}, "EDM"),
+        ({"edm_vpred.sigma_max": ()}, "EDM's noise (CosXL)"),
         ({"depth_model.x": (1,)}, "depth map"),
         ({"noise_augmentor.x": (1,)}, "unCLIP"),
         ({"low_scale_model.x": (1,)}, "upscaler"),
@@ -337,7 +374,7 @@ UNET = "model.diffusion_model."
 )
 def test_files_that_are_another_model_or_not_complete(sd1, words, tmp_path, changes, says):
     tensors = {n: t for n, t in sd1[1].items() if n not in changes}
-    save(tensors | {n: torch.zeros(shape) for n, shape in changes.items() if shape}, tmp_path / "m.safetensors")
+    save(tensors | {n: torch.zeros(shape) for n, shape in changes.items() if shape is not None}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError) as caught:
         labkit.load(tmp_path / "m.safetensors", "cpu", tokenizer=words)
     message = str(caught.value)
@@ -353,3 +390,131 @@ def test_nothing_is_read_but_the_header_until_it_is_needed(sd1, tmp_path, monkey
     path = save(sd1[1], tmp_path / "m.safetensors")
     monkeypatch.setattr(single_file, "read_safetensors", lambda *a, **k: pytest.fail("weights were read"))
     assert open_one_file(path).family.name == "Stable Diffusion 1.x"
+
+
+# --- one file of a hub repository -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub cache as huggingface_hub lays it out; `put(repo, file, content)` puts a path there as its download does."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repo, name, source, revision="main"):
+        base, commit = tmp_path / "hub" / f"models--{repo.replace('/', '--')}", "0123456789" * 4
+        (base / "refs").mkdir(parents=True, exist_ok=True)
+        (base / "refs" / revision).write_text(commit)
+        blob = base / "blobs" / hashlib.sha256(name.encode()).hexdigest()
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(source, blob)
+        link = base / "snapshots" / commit / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+        return link
+
+    return put
+
+
+ADDRESSES = (
+    "org/one/v1 5 (pruned).safetensors",
+    "huggingface.co/org/one/v1 5 (pruned).safetensors",
+    "https://huggingface.co/org/one/blob/main/v1 5 (pruned).safetensors",
+    "https://hf.co/org/one/resolve/main/v1 5 (pruned).safetensors?download=true",
+)
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_a_file_of_a_hub_repository_in_the_cache_needs_no_network(name, cache, sd1, words, tmp_path):
+    cache("org/one", "v1 5 (pruned).safetensors", save(sd1[1], tmp_path / "m.safetensors"))
+    lab = labkit.load(name, "cpu", tokenizer=words)
+    assert lab.name == "v1 5 (pruned)" and lab.generate("a red ball", steps=1, height=16, width=16, progress=False).image
+    assert_same(lab.unet.state_dict(), sd1[0][0].state_dict())
+
+
+def test_a_file_in_a_folder_of_a_hub_repository_with_its_tokenizer_beside_it(cache, sd1, words, tmp_path):
+    file = save({n: t.half() if t.is_floating_point() else t for n, t in sd1[1].items()}, tmp_path / "m.safetensors")
+    cache("org/one", "half/m.safetensors", file, "v2")
+    for part in words.iterdir():
+        cache("org/one", f"half/tokenizer/{part.name}", part, "v2")
+    lab = labkit.load("org/one/resolve/v2/half/m.safetensors", "cpu", dtype="float16")
+    assert lab.name == "m" and lab.dtype == torch.float16 and lab.tokenizer.encode("ball").pieces[1] == "ball</w>"
+
+
+def test_a_file_that_is_not_cached_is_refused_at_once_offline(cache, sd1, tmp_path):
+    cache("org/one", "m.safetensors", save(sd1[1], tmp_path / "m.safetensors"))
+    for name, command in (
+        ("org/one/other.safetensors", "`hf download org/one 'other.safetensors'`"),
+        ("org/nothing/a/b.safetensors", "`hf download org/nothing 'a/b.safetensors'`"),
+        ("org/one/blob/v3/m.safetensors", "`hf download org/one 'm.safetensors' --revision v3`"),
+    ):
+        begun = time.monotonic()
+        with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set") as caught:
+            labkit.load(name, "cpu")
+        assert command in str(caught.value) and "\n" not in str(caught.value) and time.monotonic() - begun < 5
+
+
+def test_a_repository_of_one_file_says_how_to_name_it(cache, sd1, tmp_path, monkeypatch):
+    import huggingface_hub
+    from labkit.models import sources
+
+    cache("org/one", "m.safetensors", save(sd1[1], tmp_path / "m.safetensors"))
+    advice = re.escape("so it is not a model in the diffusers layout; for a checkpoint of one file, name the file: load('org/one/m.safetensors')")
+    with pytest.raises(CheckpointError, match=advice):  # offline, but the file is in the cache
+        labkit.load("org/one", "cpu")
+    monkeypatch.setattr(sources, "_no_network", lambda hub: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: ["README.md", "m.safetensors", "lora/x.safetensors"])
+    with pytest.raises(CheckpointError, match=advice + r"\.$"):
+        labkit.load("org/one", "cpu")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: ["README.md", "lora/x.safetensors"])
+    with pytest.raises(CheckpointError, match=r"diffusers layout\.$"):
+        labkit.load("org/one", "cpu")
+
+
+def test_a_file_of_the_hub_is_fetched_once_where_there_is_a_network(cache, sd1, words, tmp_path, monkeypatch):
+    import huggingface_hub
+    from labkit.models import sources
+
+    path, asked, whole = save(sd1[1], tmp_path / "m.safetensors"), [], huggingface_hub.hf_hub_download
+
+    def download(repo, file, revision=None, local_files_only=False):
+        if local_files_only:
+            return whole(repo, file, revision=revision, local_files_only=True)
+        asked.append((repo, file, revision))
+        return str(cache(repo, file, path))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "_no_network", lambda hub: None)
+    for _ in range(2):
+        assert labkit.load("org/one/m.safetensors", "cpu", tokenizer=words).name == "m"
+    assert asked == [("org/one", "m.safetensors", None)]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, local_files_only=False, **k: lost(local_files_only))
+    with pytest.raises(CheckpointError, match="org/one/n.safetensors: could not be fetched .404.; check the name"):
+        labkit.load("org/one/n.safetensors", "cpu")
+
+
+def lost(local):
+    import huggingface_hub
+
+    raise huggingface_hub.errors.LocalEntryNotFoundError("no") if local else OSError("404")
+
+
+@pytest.mark.parametrize("name", ["org/one/m.ckpt", "https://huggingface.co/org/one/blob/main/a/m.ckpt"])
+def test_a_pickle_of_the_hub_is_not_opened(name, cache):
+    with pytest.raises(CheckpointError, match="can run code when opened.*hf download org/one '.*m.ckpt'.*labkit convert PATH m.safetensors"):
+        labkit.load(name, "cpu")
+
+
+NAMELESS = ("org/one/../../m.safetensors", "org/../m.safetensors", "a/b/c/.m.safetensors", "http://evil.org/a/b/m.safetensors", "org/m.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+def test_what_is_no_name_of_a_file_of_the_hub(name, cache):
+    with pytest.raises(CheckpointError, match="No model called|not in this machine's cache"):
+        labkit.load(name, "cpu")
+
+
+def test_a_file_has_no_variants(sd1, tmp_path):
+    with pytest.raises(CheckpointError, match="m.safetensors: variant is for folders"):
+        labkit.load(save(sd1[1], tmp_path / "m.safetensors"), "cpu", variant="fp16")

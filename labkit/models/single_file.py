@@ -14,6 +14,7 @@ Layout: CompVis/latent-diffusion, Stability-AI/stablediffusion, Stability-AI/gen
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -42,6 +43,7 @@ OTHERS = (  # what else comes as one .safetensors file, by what a name of it has
 )
 NOT_STANDARD = (  # models of the same layout that do something else, by a name in them
     ("edm_mean", "was trained with EDM's noise (Playground 2.5), which labkit's schedules do not have"),
+    ("edm_vpred.", "was trained with EDM's noise (CosXL), which labkit's schedules do not have"),
     ("depth_model.", "reads a depth map beside the text (SD 2 depth), which labkit's U-Net does not"),
     ("embedder.", "reads an image embedding beside the text (unCLIP), which labkit's U-Net does not"),
     ("noise_augmentor.", "reads an image embedding beside the text (unCLIP), which labkit's U-Net does not"),
@@ -75,7 +77,8 @@ def recognise(path, table, read, global_step=None, ema=False, prediction_type=No
 
     What an SD 2.x network predicts cannot be seen in its weights: v, as the 768-pixel models do, unless the file's `global_step` is
     875000 (2-base) or it is for inpainting (9 channels), which predict eps. For 2.1-base say prediction_type="epsilon". The others
-    predict eps unless a tensor `v_pred` marks them (and `ztsnr` a last timestep that is all noise), as fine-tuned SDXL models do.
+    predict eps unless a tensor `v_pred` marks them, as fine-tuned SDXL models do. `ztsnr` marks a last timestep that is all noise, which says
+    something for a network that predicts v only (eps there tells nothing of x0). ComfyUI and its kin go by these two; diffusers by neither.
     """
     found = [f for f in FAMILIES if all(any(name.startswith(prefix) for name in table) for prefix in f.texts.values())]
     if any(name.startswith(UNET) for name in table):
@@ -93,14 +96,13 @@ def recognise(path, table, read, global_step=None, ema=False, prediction_type=No
         raise CheckpointError(f"{path}: is {family.name}, but holds {len(unknown)} tensors that do not belong to it ({few(unknown)}); get another file.")
     if prediction_type not in (None, *PREDICTION_TYPES[:2]):
         raise CheckpointError(f"prediction_type is {prediction_type!r}; give one of {', '.join(PREDICTION_TYPES[:2])}.")
-    zero_snr = "ztsnr" in table
-    one = OneFile(Path(path), family, table, read, prediction_type or "epsilon", zero_snr, ema, tokenizer)
+    one = OneFile(Path(path), family, table, read, "epsilon", ema=ema, vocabulary=tokenizer)
     channels = one.size(UNET + "input_blocks.0.0.weight", 1)
     if channels not in (4, 9):
         raise CheckpointError(f"{path}: its U-Net reads {channels} channels; labkit opens models of 4, and of 9 (inpainting).")
-    if prediction_type is None:
-        of_v = "v_pred" in table or family.name == "Stable Diffusion 2.x" and channels == 4 and _number(global_step) != 875000
-        one = OneFile(one.path, family, table, read, "v_prediction" if of_v else "epsilon", zero_snr, ema, tokenizer)
+    of_v = "v_pred" in table or family.name == "Stable Diffusion 2.x" and channels == 4 and _number(global_step) != 875000
+    predicts = prediction_type or ("v_prediction" if of_v else "epsilon")
+    one = replace(one, prediction_type=predicts, zero_snr=predicts == "v_prediction" and "ztsnr" in table)
     _check_whole(one)
     return one
 

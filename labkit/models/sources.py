@@ -1,8 +1,9 @@
 """Where models come from: the shipped one, a folder, the cache, the hub; and whether they are still what they were.
 
-A name is looked up in this order: "tabletop", a folder of this machine, a hub id ("org/name"). A hub id is first looked for in the
-local cache; the network is asked only for what is not there, and only for the files that are opened: configs, tokenizer and one
-set of safetensors (a whole Stable Diffusion repository holds the same weights many times over, 40 GB and more).
+A name is looked up in this order: "tabletop", a folder or a file of this machine, a hub id ("org/name"), a file of a hub repository
+("org/name/file.safetensors", or its address). A hub's is first looked for in the local cache; the network is asked only for what is not
+there, and only for the files that are opened: configs, tokenizer and one set of safetensors (a whole Stable Diffusion repository holds
+the same weights many times over, 40 GB and more).
 """
 
 import hashlib
@@ -20,11 +21,15 @@ from labkit.models.files import PICKLES, choose_weights
 from labkit.models.header import regular_size
 
 DATA = Path(__file__).parents[2] / "data"
+HUB_FILE = re.compile(  # as diffusers' from_single_file takes them, and as the hub's pages give them
+    r"(?:(?:https://)?(?:huggingface\.co|hf\.co)/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)/(?:(?:blob|resolve)/(?P<revision>[\w.-]+)/)?"
+    r"(?P<file>(?:\w[\w.-]*/)*\w[\w .()+-]*\.(?P<end>safetensors|ckpt|pt|pth|bin))(?:\?download=true)?"
+)
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 
 
 def resolve(name: str | Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Path:
-    """Where a model is: "tabletop" is in data/, a folder or a .safetensors file is itself, a hub id is looked up in the cache, then fetched.
+    """Where a model is: "tabletop" is in data/, a folder or a .safetensors file is itself, what is on the hub is looked up in the cache, then fetched.
 
     `dtype` and `variant` say which of a hub repository's weights are wanted (`files.choose_weights`).
     """
@@ -56,6 +61,8 @@ def resolve(name: str | Path, dtype: torch.dtype | None = None, variant: str | N
     # "runs/last" could be on the hub, but where there is a folder "runs" here, it is a folder mistyped
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name.split("/")[0]).is_dir():
         return _from_hub(name, dtype, variant)
+    if isinstance(name, str) and (found := HUB_FILE.fullmatch(name)) and not Path(name.split("/")[0]).is_dir():
+        return _file_from_hub(found["repo"], found["file"], found["revision"])
     raise CheckpointError(f"No model called {str(name)!r}. {_possible()}")
 
 
@@ -93,6 +100,7 @@ def _from_hub(repo: str, dtype: torch.dtype | None, variant: str | None) -> Path
 
     folders = (*STEMS, "tokenizer", "tokenizer_2", "scheduler")
     configs = ["model_index.json", "labkit.json", *(f"{part}/*.{end}" for part in folders for end in ("json", "txt"))]
+    there: set[str] = set()
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=configs, local_files_only=True))
         there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -105,6 +113,8 @@ def _from_hub(repo: str, dtype: torch.dtype | None, variant: str | None) -> Path
     wanted = ["*.json", "*.txt", *(f"{part}/{stem}{half}.safetensors" for part, stem in STEMS.items())]
     command = f"`hf download {repo} {' '.join(f'--include {w!r}' for w in wanted)}`"
     if why := _no_network(huggingface_hub):
+        if "model_index.json" not in there and _one_files(there):
+            _needed(there, repo, dtype, variant)  # says how to name it
         raise CheckpointError(f"{repo}: not in this machine's cache, and {why}; fetch it once with {command}, or load('tabletop'), which is shipped.")
     try:
         weights = _needed(set(huggingface_hub.HfApi().list_repo_files(repo)), repo, dtype, variant)
@@ -113,10 +123,41 @@ def _from_hub(repo: str, dtype: torch.dtype | None, variant: str | None) -> Path
         raise CheckpointError(f"{repo}: could not be fetched ({' '.join(str(error).split())[:200]}); check the name and the network.") from None
 
 
+def _file_from_hub(repo: str, file: str, revision: str | None) -> Path:
+    """One file of a hub repository, in the local cache, fetched if it is not there."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    whole, command = f"{repo}/{file}", f"`hf download {repo} '{file}'{f' --revision {revision}' if revision else ''}`"
+    if file.endswith(PICKLES):
+        target = f"{Path(file).stem}.safetensors"
+        raise CheckpointError(
+            f"{whole}: pickled weights can run code when opened, so labkit does not open them; name a .safetensors file of the repository, or fetch this "
+            f"one with {command} and convert what it prints with `python -m labkit convert PATH {target}`, which runs none of it."
+        )
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    if why := _no_network(huggingface_hub):
+        raise CheckpointError(f"{whole}: is no file here, not in this machine's cache, and {why}; fetch it once with {command}.")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{whole}: could not be fetched ({' '.join(str(error).split())[:200]}); check the name and the network.") from None
+
+
+def _one_files(files: set[str]) -> list[str]:
+    """What may be a checkpoint of one file: the safetensors at the root of a repository."""
+    return sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+
+
 def _needed(files: set[str], repo: str, dtype: torch.dtype | None, variant: str | None, named: set[str] = frozenset()) -> list[str]:
     """The weight files of a repository that will be opened; raises CheckpointError if one part (those `named` among them) has none."""
     if "model_index.json" not in files:
-        raise CheckpointError(f"{repo}: has no model_index.json, so it is not a model in the diffusers layout.")
+        files_there = " or ".join(f"load({f'{repo}/{file}'!r})" for file in _one_files(files)[:3])
+        advice = f"; for a checkpoint of one file, name the file: {files_there}" if files_there else ""
+        raise CheckpointError(f"{repo}: has no model_index.json, so it is not a model in the diffusers layout{advice}.")
     there = {"unet", "vae", *named} | {part for part in STEMS if any(f.startswith(f"{part}/") for f in files)}
     chosen = []
     for part in [p for p in STEMS if p in there or (p == "text_encoder" and "text_encoder_2" not in there)]:
@@ -153,4 +194,7 @@ def _sha256(path: Path) -> str:
 
 
 def _possible() -> str:
-    return "Possible are 'tabletop' (shipped), a folder in the diffusers layout, a one-file .safetensors, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+    return (
+        "Possible are 'tabletop' (shipped), a folder in the diffusers layout, a one-file .safetensors, or a hub id such as "
+        "'stable-diffusion-v1-5/stable-diffusion-v1-5', with /FILE.safetensors behind it for a checkpoint of one file."
+    )

@@ -13,7 +13,7 @@ from math import sqrt
 from torch import Tensor
 
 from labkit.errors import LabkitError
-from labkit.samplers.step import Denoiser, Step, check_noise, fresh, predict
+from labkit.samplers.step import Denoiser, Step, and_next, check_noise, fresh, going_on, predict
 from labkit.schedule import Schedule
 
 
@@ -37,7 +37,7 @@ def ddim(
         check_noise(noise)
 
     def run(x: Tensor) -> Iterator[Step]:
-        for i, (t, s) in enumerate(visits):
+        for i, ((t, s), later) in enumerate(and_next(visits)):
             a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
             eps = predict(denoise, x, t)
             x0 = _x0(x, eps, a_t)
@@ -45,7 +45,7 @@ def ddim(
             x = sqrt(a_s) * x0 + sqrt(max(1 - a_s - std**2, 0)) * eps
             if eta > 0:
                 x = x + std * fresh(noise, x)
-            yield Step(i, t, x, eps, x0)
+            x = going_on(x, (yield Step(i, t, x, eps, x0, later and later[0])))
 
     return run(x)
 

@@ -13,7 +13,7 @@ from math import sqrt
 
 from torch import Tensor
 
-from labkit.samplers.step import Denoiser, Step, check_noise, fresh, predict
+from labkit.samplers.step import Denoiser, Step, and_next, check_noise, fresh, going_on, predict
 from labkit.schedule import Schedule
 
 
@@ -29,7 +29,7 @@ def ddpm(
     check_noise(noise)
 
     def run(x: Tensor) -> Iterator[Step]:
-        for i, (t, s) in enumerate(zip(timesteps, timesteps[1:] + [None])):
+        for i, (t, s) in enumerate(and_next(timesteps)):
             a_t = schedule.alpha_bar_at(t)
             a_s = 1.0 if s is None else schedule.alpha_bar_at(s)
             b = 1 - a_t / a_s
@@ -38,6 +38,6 @@ def ddpm(
             x = sqrt(a_s) * b / (1 - a_t) * x0 + sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t) * x
             if s is not None:
                 x = x + sqrt((1 - a_s) / (1 - a_t) * b) * fresh(noise, x)
-            yield Step(i, t, x, eps, x0)
+            x = going_on(x, (yield Step(i, t, x, eps, x0, s)))
 
     return run(x)

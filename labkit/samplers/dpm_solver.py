@@ -15,7 +15,7 @@ from torch import Tensor
 
 from labkit.errors import LabkitError
 from labkit.samplers.sigmas import lambda_levels, signal
-from labkit.samplers.step import Denoiser, Step, predict
+from labkit.samplers.step import Denoiser, Step, and_next, going_on, predict
 from labkit.schedule import Schedule
 
 
@@ -41,7 +41,7 @@ def dpm_solver(
 
     def run(x: Tensor) -> Iterator[Step]:
         before, h_before = None, 0.0
-        for i, (t, sigma, after) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+        for i, ((t, s), sigma, after) in enumerate(zip(and_next(timesteps), sigmas, sigmas[1:])):
             eps = predict(denoise, x, t)
             x0 = x / signal(sigma) - sigma * eps
             h = log(sigma / after) if after > 0 else inf
@@ -50,6 +50,6 @@ def dpm_solver(
                 D = x0 + (x0 - before) * (h / (2 * h_before))
             x = after * signal(after) / (sigma * signal(sigma)) * x - signal(after) * expm1(-h) * D
             before, h_before = x0, h
-            yield Step(i, t, x, eps, x0)
+            x = going_on(x, (yield Step(i, t, x, eps, x0, s)))
 
     return run(x)

@@ -15,7 +15,7 @@ from math import sqrt
 from torch import Tensor
 
 from labkit.samplers.sigmas import Levels, sigma_levels, signal
-from labkit.samplers.step import Denoiser, Step, check_noise, fresh, predict
+from labkit.samplers.step import Denoiser, Step, and_next, check_noise, fresh, going_on, predict
 from labkit.schedule import Schedule
 
 
@@ -48,7 +48,7 @@ def euler_ancestral(
 
 def _run(denoise: Denoiser, x: Tensor, levels: Levels, noise: Callable[[], Tensor] | None) -> Iterator[Step]:
     timesteps, sigmas = levels
-    for i, (t, sigma, after) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+    for i, ((t, s), sigma, after) in enumerate(zip(and_next(timesteps), sigmas, sigmas[1:])):
         up = 0.0 if noise is None else after * sqrt(max(sigma**2 - after**2, 0)) / sigma
         down = sqrt(after**2 - up**2)
         eps = predict(denoise, x, t)
@@ -58,4 +58,4 @@ def _run(denoise: Denoiser, x: Tensor, levels: Levels, noise: Callable[[], Tenso
         if up > 0:
             x_bar = x_bar + up * fresh(noise, x)
         x = x_bar * signal(after)
-        yield Step(i, t, x, eps, x0)
+        x = going_on(x, (yield Step(i, t, x, eps, x0, s)))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from labkit.samplers.sigmas import sigma_levels, signal
-from labkit.samplers.step import Denoiser, Step, predict
+from labkit.samplers.step import Denoiser, Step, and_next, going_on, predict
 from labkit.schedule import Schedule
 
 
@@ -32,14 +32,14 @@ def heun(
     timesteps, sigmas = sigma_levels(schedule, steps, karras)
 
     def run(x: Tensor) -> Iterator[Step]:
-        for i, (t, sigma, after) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+        for i, ((t, s), sigma, after) in enumerate(zip(and_next(timesteps), sigmas, sigmas[1:])):
             eps = predict(denoise, x, t)
             x_bar = x / signal(sigma)
             slope = eps
             if after > 0:
                 there = (x_bar + (after - sigma) * eps) * signal(after)
-                slope = (eps + predict(denoise, there, timesteps[i + 1])) / 2
+                slope = (eps + predict(denoise, there, s)) / 2
             x = (x_bar + (after - sigma) * slope) * signal(after)
-            yield Step(i, t, x, eps, x_bar - sigma * eps)
+            x = going_on(x, (yield Step(i, t, x, eps, x_bar - sigma * eps, s)))
 
     return run(x)

@@ -1,7 +1,8 @@
-"""What every sampler yields, and the two things every sampler checks.
+"""What every sampler yields, what can be sent back to it, and the two things every sampler checks.
 
 A sampler is a generator: stopping early, drawing progress, stepping live in a notebook and recording a trajectory are
-all a `for` loop over its `Step`s. It knows nothing of text, guidance or images; it calls `eps = denoise(x_t, t)`.
+all a `for` loop over its `Step`s. It knows nothing of text, guidance or images; it calls `eps = denoise(x_t, t)`. Who wants to
+change the course of a run answers a step with the latent to go on from: `step = sampler.send(x)` in place of `next(sampler)`.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ class Step:
     x: Tensor    # (B, C, h, w) the latent after the step: at the level where the next step starts
     eps: Tensor  # (B, C, h, w) the predicted noise
     x0: Tensor   # (B, C, h, w) the clean latent that this eps implies
+    next_t: int | None = None  # what the network will be told in the next step; None after the last one
 
 
 def predict(denoise: Denoiser, x: Tensor, t: int | Timestep) -> Tensor:
@@ -32,6 +34,18 @@ def predict(denoise: Denoiser, x: Tensor, t: int | Timestep) -> Tensor:
     if eps.shape != x.shape:
         raise LabkitError(f"The denoiser returned {tuple(eps.shape)} for x of {tuple(x.shape)}: they must be equal.")
     return eps
+
+
+def going_on(x: Tensor, sent: Tensor | None) -> Tensor:
+    """The latent that the next step starts from: the one sent back, if any, or x; LabkitError unless it has x's shape."""
+    if sent is not None and sent.shape != x.shape:
+        raise LabkitError(f"A latent of {tuple(sent.shape)} was sent back for x of {tuple(x.shape)}: they must be equal.")
+    return x if sent is None else sent
+
+
+def and_next(timesteps: list) -> list[tuple]:
+    """Each timestep with the one after it, the last with None."""
+    return list(zip(timesteps, [*timesteps[1:], None]))
 
 
 def fresh(noise: Callable[[], Tensor], x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from labkit.errors import LabkitError
 from labkit.samplers.sigmas import lambda_levels, signal
-from labkit.samplers.step import Denoiser, Step, predict
+from labkit.samplers.step import Denoiser, Step, and_next, going_on, predict
 from labkit.schedule import Schedule
 
 
@@ -43,7 +43,7 @@ def unipc(
     def run(x: Tensor) -> Iterator[Step]:
         m: list[Tensor] = []  # x0_hat of all steps so far that are still needed, the latest last
         start, p = x, 0       # where the step before began (after its correction), and its order
-        for i, t in enumerate(timesteps):
+        for i, (t, s) in enumerate(and_next(timesteps)):
             eps = predict(denoise, x, t)
             x0 = x / signal(sigmas[i]) - sigmas[i] * eps
             if i > 0:
@@ -51,7 +51,7 @@ def unipc(
             m = [*m[1 - order :], x0] if order > 1 else [x0]
             start, p = x, min(order, i + 1, steps - i)
             x = _update(start, sigmas, i, m, p)
-            yield Step(i, t, x, eps, x0)
+            x = going_on(x, (yield Step(i, t, x, eps, x0, s)))
 
     return run(x)
 

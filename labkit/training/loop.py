@@ -158,7 +158,10 @@ class State:
             losses.update(zip(out, values) if len(self.objectives) == 1 else {f"{player.name}.{k}": v for k, v in zip(out, values)}.items())
             bad = [k for k, v in zip(out, values) if v != v or abs(v) == float("inf")]
             if bad:
-                raise LabkitError(f"step {step}: {player.name}'s {bad[0]} is not finite; the last checkpoint is kept, resume from it with a lower learning rate than {self.config.lr:g}")
+                raise LabkitError(
+                    f"step {step}: {player.name}'s {bad[0]} is not finite; the last checkpoint is kept, resume from it with a lower learning rate than "
+                    f"{self.config.lr:g}"
+                )
             optimiser.zero_grad()
             self.accelerator.backward(out["loss"])
             self.accelerator.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], self.config.clip_norm)
