@@ -4,6 +4,7 @@
     k, v = W_k c, W_v c,   once a prompt, not once a step                                      cross-attention
     softmax(q_i K^T / sqrt(d)) V,   one tile of queries i after the other, as products         self-attention
     conv3(double(x)) = four conv2(x),   one for each place in a doubled pixel                   upsampling
+    conv3(SiLU(norm(x))) + skip,   strip by strip of rows, by winograd.py                       ResNet blocks of the VAE's decoder
 
 The model files say what is computed and know nothing of this. `optimize` makes a second LatentDiffusion whose U-Net and VAE
 are the same modules around other leaves; the first stays as it is. Outputs agree to rounding, some 1e-6 in float32. It
@@ -11,6 +12,7 @@ is for drawing: there are no gradients. Taps, recording and saving work as befor
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 from labkit.device import keep_freed_memory
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
-from labkit.models.layers import Attention
+from labkit.models.layers import Attention, ResnetBlock
 from labkit.models.unet import Upsample
+from labkit.strips import whole_norm
 from labkit.tap import taps
+from labkit.winograd import WinogradConv, copied, windows
 
 KERNELS = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
 ROWS = 512  # that linear layers' blocks are chosen for (they serve any number), and queries in a tile of self-attention
+WIDE = 128  # channels from which on strips and Winograd's transforms cost less than they save
 LONG = 1024  # keys from which on tiles beat the fused kernel
 
 
@@ -60,9 +65,12 @@ def pack(network: nn.Module) -> nn.Module:
     for path, module in list(fast.named_modules()):  # outer modules come first, so what is replaced whole is not looked into
         if type(module) is Upsample:
             continue
+        halved = in_strips(path, module)
         for name, child in list(module.named_children()):
             if type(child) is Upsample:
                 setattr(module, name, PackedUpsample(child))
+            elif type(child) is nn.Conv2d and halved and child.kernel_size == (3, 3):
+                setattr(module, name, WinogradConv(child))
             elif type(child) is nn.Conv2d:
                 pointwise = child.kernel_size == (1, 1) and child.stride == (1, 1) and child.padding == (0, 0) and child.groups == 1
                 setattr(module, name, (PackedPointwise if pointwise else PackedConv)(child))
@@ -70,7 +78,17 @@ def pack(network: nn.Module) -> nn.Module:
                 setattr(module, name, PackedLinear(child, remember=path.endswith("attn2") and name in ("to_k", "to_v")))
         if isinstance(module, Attention):
             module.attend = tiled_attention
+        if halved:
+            parent, _, name = path.rpartition(".")
+            setattr(fast.get_submodule(parent), name, StripResnet(module))
     return fast.eval()
+
+
+def in_strips(path: str, module: nn.Module) -> bool:
+    """Whether a module is a wide ResNet block of a decoder in float32. Winograd's weights are twice as many: few beside the maps here, not in a U-Net."""
+    if type(module) is not ResnetBlock or not path.startswith("decoder."):
+        return False
+    return module.conv1.weight.dtype is torch.float32 and min(module.conv1.weight.shape[:2]) >= WIDE
 
 
 class PackedLinear(nn.Module):
@@ -132,7 +150,7 @@ class PackedUpsample(nn.Module):
     def __init__(self, layer: Upsample) -> None:
         super().__init__()
         self.dense, self.bias = layer.conv.weight.detach(), detached(layer.conv.bias)  # sums cannot be taken apart again
-        self.geometry = ([0, 0], [1, 1], [1, 1], 1)
+        self.geometry = ([0, 1], [1, 1], [1, 1], 1)
         fold = self.dense.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (place in the cell, small row, row of the kernel)
         weights = torch.einsum("ayr,bxs,oirs->aboiyx", fold, fold, self.dense)  # (2, 2, C', C, 2, 2)
         reorder = torch.ops.mkldnn._reorder_convolution_weight
@@ -140,14 +158,41 @@ class PackedUpsample(nn.Module):
         self.register_state_dict_post_hook(undoubled)
 
     def forward(self, x: Tensor) -> Tensor:
-        (B, _, h, w), C = x.shape, self.dense.shape[0]
-        x = F.pad(without_gradient(x), (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)  # (B, C, h + 2, w + 2)
+        (B, _, h, w), C = without_gradient(x).shape, self.dense.shape[0]
         out = torch.empty((B, C, 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
-        for a in (0, 1):
-            for b in (0, 1):
-                part = x[:, :, a : a + h + 1, b : b + w + 1].contiguous(memory_format=torch.channels_last)
-                out[:, :, a::2, b::2] = torch.ops.mkldnn._convolution_pointwise(part, self.weights[a][b], self.bias, *self.geometry, "none", [], "")
+        for top, window in windows(x, copied):  # (B, C, rows + 2, w)
+            rows = min(window.shape[2] - 2, h - top)
+            for a in (0, 1):
+                part = window[:, :, a : a + rows + 1].contiguous(memory_format=torch.channels_last)
+                for b in (0, 1):  # padded left and right the convolution has w + 1 columns; the place takes the first or the last w
+                    y = torch.ops.mkldnn._convolution_pointwise(part, self.weights[a][b], self.bias, *self.geometry, "none", [], "")
+                    out[:, :, 2 * top + a : 2 * (top + rows) : 2, b::2] = y[..., b : b + w]
         return out
+
+
+class StripResnet(nn.Module):
+    """A ResNet block without timestep, (B, C, h, w) -> (B, C', h, w), whose norms and SiLUs are taken strip by strip as its convolutions come to them.
+
+    So what is normalised never leaves the cache, and of the three maps that each half would make only its result is there whole.
+    """
+
+    def __init__(self, block: ResnetBlock) -> None:
+        super().__init__()
+        for name, child in block.named_children():  # convolutions by Winograd; in the order in which they are saved
+            setattr(self, name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        without_gradient(self.norm1.weight)
+        x = without_gradient(x).contiguous(memory_format=torch.channels_last)  # (B, C, h, w)
+        h = self.conv1(x, normed_silu(self.norm1, x))  # (B, C', h, w)
+        shortcut = getattr(self, "conv_shortcut", lambda part: part)
+        return self.conv2(h, normed_silu(self.norm2, h), lambda rows: shortcut(x[:, :, rows]))
+
+
+def normed_silu(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """SiLU(norm(x)) as a function that writes it for some rows of x."""
+    normed = whole_norm(norm, [x])
+    return lambda rows, into: F.silu(normed(rows, out=into), inplace=True)
 
 
 def undoubled(layer: PackedUpsample, state: dict, prefix: str, metadata: dict) -> None:

@@ -23,6 +23,7 @@ from labkit.models.layers import ResnetBlock
 from labkit.models.vae import VAE
 
 STRIP = 2**16  # pixels: 64 MB of the widest map of Stable Diffusion's decoder; 64 rows of a picture of 1024
+CACHED = 2**12  # pixels that statistics are taken of at a time: 2 MB of 128 channels
 
 Strips = list[Tensor]  # of one map (B, C, h, w), from the top down: each (B, C, rows, w)
 
@@ -68,20 +69,26 @@ def by_strips(f: Callable[[Tensor], Tensor], strips: Strips, scale: int = 1) -> 
         yield f(torch.cat(window, dim=2))[:, :, skip : skip + rows]  # (B, C', scale * rows, w')
 
 
-def whole_norm(norm: nn.GroupNorm, strips: Strips) -> Callable[[Tensor], Tensor]:
-    """The norm as a function of any rows of the map, with the statistics of all of it; in float32 at least."""
+def whole_norm(norm: nn.GroupNorm, strips: Strips) -> Callable[..., Tensor]:
+    """The norm as a function of any rows of the map, with the statistics of all of it; in float32 at least. It can be told where to write: `out`."""
     dtype = torch.promote_types(strips[0].dtype, torch.float32)
-    each = [torch.var_mean(s.to(dtype).unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0) for s in strips]
-    var, mean = (torch.stack(values) for values in zip(*each))  # (strips, B, groups)
-    rows = torch.tensor([s.shape[2] for s in strips], dtype=dtype, device=mean.device)
-    p = (rows / rows.sum())[:, None, None]  # (strips, 1, 1)
-    mu = (p * mean).sum(0)  # (B, groups)
-    var = (p * (var + (mean - mu) ** 2)).sum(0)
-    mu, var = (x.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for x in (mu, var))  # (B, C)
+    parts = [part for s in strips for part in s.split(max(1, CACHED // s.shape[3]), dim=2)]
+    mean, var = (torch.stack(values).unflatten(2, (norm.num_groups, -1)) for values in zip(*(moments(x.to(dtype)) for x in parts)))
+    rows = torch.tensor([x.shape[2] for x in parts], dtype=dtype, device=mean.device)
+    p = (rows / rows.sum())[:, None, None, None]  # (parts, 1, 1, 1); mean, var (parts, B, groups, C / groups)
+    mu = (p * mean).sum(0).mean(-1, keepdim=True)  # (B, groups, 1)
+    var = (p * (var + (mean - mu) ** 2)).sum(0).mean(-1, keepdim=True)  # a group's channels are equal shares
+    mu, var = (x.expand(mean.shape[1:]).flatten(1) for x in (mu, var))  # (B, C)
     scale = (var + norm.eps).rsqrt() * norm.weight
     shift = norm.bias - mu * scale
     scale, shift = (x.to(dtype)[:, :, None, None] for x in (scale, shift))  # (B, C, 1, 1)
-    return lambda x: torch.addcmul(shift, x.to(dtype), scale).to(x.dtype)
+    return lambda x, out=None: torch.addcmul(shift, x.to(dtype), scale, out=out).to(x.dtype)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of a map (B, C, h, w): two of (B, C). Twice over it, but several times faster than torch.var_mean."""
+    mean = x.mean((2, 3), keepdim=True)
+    return mean[:, :, 0, 0], (x - mean).square_().mean((2, 3))
 
 
 def resnet(block: ResnetBlock, strips: Strips) -> Strips:

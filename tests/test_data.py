@@ -35,8 +35,8 @@ def test_renders_once_and_goes_on_where_it_was(drawn, tmp_path):
     first = renders(WORLD, 0, 6, tmp_path)
     assert first.shape == (6, 8, 8, 3) and first.dtype == np.uint8 and len(drawn) == 2
     assert np.array_equal(renders(WORLD, 0, 6, tmp_path), first) and len(drawn) == 2, "rendered again"
-    (tmp_path / "renders-1-2-3-4-photo-photo-photo-photo-sketch-00000004.npy").unlink()  # what a run that was killed had not come to
-    (tmp_path / "renders-1-2-3-4-photo-photo-photo-photo-sketch-00000004.99.tmp").write_bytes(b"half a shard")
+    (tmp_path / "renders-1-1-2-photo-00000004.npy").unlink()  # what a run that was killed had not come to
+    (tmp_path / "renders-1-1-2-photo-00000004.99.tmp").write_bytes(b"half a shard")
     assert np.array_equal(renders(WORLD, 0, 9, tmp_path)[:6], first) and len(drawn) == 4
     assert drawn[2] == drawn[1] and drawn[3] == [s.to_json() for s in scenes(WORLD, 8, 4)]
 
@@ -80,9 +80,8 @@ def test_scenes_are_those_of_the_seeds_and_never_held_out():
     many = scenes(WORLD, 0, 400)
     assert many[100:103] == scenes(WORLD, 100, 3) and not set(many) & set(scenes(WORLD, TEST_SEED, 400))
     assert not any(is_held_out(scene) for scene in many)
-    single, sketched = sum(len(scene.objects) == 1 for scene in many) / 400, sum(scene.style == "sketch" for scene in many) / 400
-    assert {len(scene.objects) for scene in many} == {1, 2, 3, 4} and 0.28 < single < 0.45, "about a third has one object"
-    assert {scene.style for scene in many} == {"photo", "sketch"} and 0.13 < sketched < 0.27, "one in five is a sketch"
+    single = sum(len(scene.objects) == 1 for scene in many) / 400
+    assert {len(scene.objects) for scene in many} == {1, 2} and 0.58 < single < 0.75, "two thirds have one object"
     assert dataclasses.replace(WORLD, counts=(2,)).scene(0).objects[1]
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "tap", "device"},
     {"schedule"},
     {"models"},
-    {"checkpoint", "convert", "samplers", "strips"},
+    {"checkpoint", "convert", "samplers", "strips", "winograd"},
     {"guidance", "recipe", "generation"},
     {"diffusion"},
     {"packing", "probes", "editing"},

@@ -11,11 +11,13 @@ from torch import nn
 import labkit
 from labkit.errors import LabkitError
 from labkit.models.config import UNetConfig, VAEConfig
-from labkit.models.layers import Attention
+from labkit.models.layers import Attention, ResnetBlock
 from labkit.models.unet import UNet, Upsample
 from labkit.models.vae import VAE
-from labkit.packing import LONG, ROWS, PackedConv, PackedLinear, PackedPointwise, PackedUpsample, available, optimize, pack, tiled_attention
+from labkit.packing import LONG, ROWS, PackedConv, PackedLinear, PackedPointwise, PackedUpsample, StripResnet, available, optimize, pack, tiled_attention
 from labkit.tap import taps
+from labkit.winograd import WinogradConv
+from tests import tiny
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN kernels")
 
@@ -50,14 +52,75 @@ def test_unet_is_the_same_function(linear):
     assert list(found) == list(before) and all(torch.equal(found[name], before[name]) for name in before)
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """Narrow networks, too, go by strips and Winograd."""
+    monkeypatch.setattr("labkit.packing.WIDE", 1)
+
+
+VAE_CONFIG = VAEConfig(block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)  # f = 4; one stage narrows
+
+
 @torch.no_grad()
-def test_vae_is_the_same_function():
-    torch.manual_seed(0)
-    vae = VAE(VAEConfig(block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32)).eval()
+def test_vae_is_the_same_function(narrow):
+    vae = tiny.strong(VAE(VAE_CONFIG).eval())[0]
+    before = copy.deepcopy(vae.state_dict())
     fast, image = pack(vae), torch.randn(2, 3, 32, 24)
     close(fast.encode(image).mean, vae.encode(image).mean)
-    z = torch.randn(1, 4, 40, 40)  # the middle's one head has 1600 places, so it attends in tiles
-    close(fast.decode(z), vae.decode(z))
+    assert sum(type(m) is StripResnet for m in fast.modules()) == sum(type(m) is ResnetBlock for m in vae.decoder.modules()) == 8
+    assert not any(type(m) is WinogradConv for m in fast.encoder.modules())  # seldom used, so it keeps to the weights' size
+    found = fast.state_dict()
+    assert list(found) == list(before) and all(torch.equal(found[name], before[name]) for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("strip", [1, 100, 2**12])  # pixels: four rows at a time, an odd number of strips, most maps whole
+@pytest.mark.parametrize("shape", [(1, 4, 40, 40), (2, 4, 9, 5), (1, 4, 3, 11), (3, 4, 1, 1)])  # the first attends in tiles in the middle
+@torch.no_grad()
+def test_decoding_is_the_same_function(shape, strip, narrow, monkeypatch):
+    monkeypatch.setattr("labkit.winograd.STRIP", strip)
+    vae = tiny.strong(VAE(VAE_CONFIG).eval())[0]
+    z = torch.randn(shape) + torch.linspace(-3, 3, shape[2])[:, None]  # rows that differ down the picture
+    kept = z.clone()
+    out, plain = pack(vae).decode(z), vae.decode(z)
+    close(out, plain)
+    close(pack(vae).decode(z.clone()), plain)
+    assert out.shape == plain.shape and torch.equal(z, kept)
+
+
+@pytest.mark.parametrize("c_in, c_out", [(16, 16), (24, 8)])  # without and with a convolution in the skip
+@torch.no_grad()
+def test_a_block_in_strips_is_the_block(c_in, c_out, narrow, monkeypatch):
+    monkeypatch.setattr("labkit.winograd.STRIP", 50)
+    network = nn.Module()
+    network.decoder = nn.ModuleList([tiny.strong(ResnetBlock(c_in, c_out, None, 4, eps=1e-6))[0]])
+    block, fast = network.decoder[0], pack(network).decoder[0]
+    x = 5 * torch.randn(2, c_in, 11, 6) + torch.linspace(-9, 9, 11)[:, None]
+    kept = x.clone()
+    close(fast(x), block(x))
+    assert type(fast) is StripResnet and torch.equal(x, kept)  # also where the skip is x itself
+    monkeypatch.setattr("labkit.packing.whole_norm", lambda norm, strips: lambda rows, out: out.copy_(norm(rows)))
+    assert float((fast(x) - block(x)).norm() / block(x).norm()) > 0.02  # the twin: each strip with statistics of its own
+
+
+@torch.no_grad()
+def test_narrow_blocks_and_other_networks_are_left_to_direct_convolutions():
+    vae = VAE(VAEConfig(block_out_channels=(16, 128), layers_per_block=1, norm_num_groups=8, sample_size=32)).eval()
+    decoder = pack(vae).decoder
+    assert [type(m) for m in decoder.mid_block.resnets] == [StripResnet] * 2
+    assert [type(m) for m in decoder.up_blocks[0].resnets] == [StripResnet] * 2
+    assert [type(m) for m in decoder.up_blocks[1].resnets] == [ResnetBlock] * 2  # 128 to 16, 16 to 16
+    z = torch.randn(2, 4, 6, 10)
+    close(pack(vae).decode(z), vae.decode(z))
+
+
+@torch.no_grad()
+def test_only_float32_is_filtered(narrow):
+    vae = tiny.strong(VAE(VAE_CONFIG).eval())[0]
+    z = torch.randn(1, 4, 8, 8)
+    plain, fast = vae.decode(z), pack(copy.deepcopy(vae).bfloat16())
+    assert not any(type(m) in (StripResnet, WinogradConv) for m in fast.modules())
+    close(fast.decode(z.bfloat16()).float(), plain, 0.05)
 
 
 @torch.no_grad()
@@ -95,9 +158,10 @@ def test_tiled_attention_is_attention(N, L):
     assert float((out - F.scaled_dot_product_attention(q, k, v, scale=1.0)).norm() / out.norm()) > 0.1  # without 1 / sqrt(d)
 
 
-@pytest.mark.parametrize("h, w, B", [(1, 1, 1), (3, 5, 2), (8, 8, 1)])
+@pytest.mark.parametrize("h, w, B", [(1, 1, 1), (3, 5, 2), (8, 8, 1), (18, 3, 2)])
 @torch.no_grad()
-def test_upsampling_is_doubling_and_a_convolution(h, w, B):
+def test_upsampling_is_doubling_and_a_convolution(h, w, B, monkeypatch):
+    monkeypatch.setattr("labkit.winograd.STRIP", 40)
     torch.manual_seed(0)
     layer, x = Upsample(6), torch.randn(B, 6, h, w)
     out = PackedUpsample(layer)(x)
@@ -119,13 +183,19 @@ def test_half_precision():
     close(out.float(), plain, 0.05)
 
 
-def test_gradients_are_refused_not_lost():
+def test_gradients_are_refused_not_lost(narrow):
     fast = pack(UNet(CONFIG).eval())
     x, c = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
     with pytest.raises(LabkitError, match="no gradients"):
         fast(x.requires_grad_(), torch.tensor(5), c)
     with pytest.raises(LabkitError, match="no gradients"):
         fast(x.detach(), torch.tensor(5), c.requires_grad_())
+    decoder = pack(VAE(VAE_CONFIG).eval()).decoder
+    for network in (decoder.mid_block.resnets[0], decoder.up_blocks[0].upsamplers[0]):
+        with pytest.raises(LabkitError, match="no gradients"):
+            network(torch.randn(1, 32, 8, 8, requires_grad=True))
+    with pytest.raises(LabkitError, match="no gradients"):  # those of the norms' weights
+        decoder.mid_block.resnets[0](torch.randn(1, 32, 8, 8))
 
 
 def test_same_picture_maps_and_files(lab, tmp_path):

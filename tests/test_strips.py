@@ -14,6 +14,7 @@ from labkit.models.vae import VAE
 from labkit.packing import available, pack
 from labkit.strips import by_strips, decode_in_strips, whole_norm
 from labkit.tap import listen, taps
+from labkit.winograd import WinogradConv
 from tests import tiny
 
 CONFIG = VAEConfig((8, 16, 16), 1, norm_num_groups=4, sample_size=32)  # f = 4; a stage that narrows, one that does not
@@ -73,8 +74,10 @@ def test_strips_without_their_neighbours_have_seams(vae, monkeypatch):
     assert float(off.max()) > 0.05
 
 
+@pytest.mark.parametrize("cached", [1, 6, 2**12])  # pixels: a row, two, all
 @torch.no_grad()
-def test_statistics_count_rows_and_the_spread_between_strips(vae):
+def test_statistics_count_rows_and_the_spread_between_strips(vae, cached, monkeypatch):
+    monkeypatch.setattr(S, "CACHED", cached)
     norm = torch.nn.GroupNorm(2, 4)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 4, 7, 3) + 5 * torch.arange(7.0)[:, None] ** 2
@@ -84,6 +87,15 @@ def test_statistics_count_rows_and_the_spread_between_strips(vae):
     var, mean = zip(*(torch.var_mean(p.unflatten(1, (2, -1)), dim=(2, 3, 4), correction=0) for p in parts))
     plain = torch.stack(var).mean(0)  # the twin: the mean of the variances, blind to rows and to what lies between the strips
     assert float((plain / torch.var(x.unflatten(1, (2, -1)), dim=(2, 3, 4), correction=0) - 1).abs().min()) > 0.3
+
+
+@torch.no_grad()
+def test_statistics_far_from_zero_keep_their_digits():
+    norm = torch.nn.GroupNorm(2, 4)
+    x = torch.randn(1, 4, 40, 30) + 1000  # where the mean of squares less the square of the mean has none left
+    normed = whole_norm(norm, list(x.split(7, dim=2)))(x)
+    assert float((normed.double() - F.group_norm(x.double(), 2)).abs().max()) < 1e-3
+    assert float(((x * x).mean() - x.mean() ** 2 - x.var(correction=0)).abs()) > 0.01
 
 
 @torch.no_grad()
@@ -113,8 +125,11 @@ def test_taps_of_the_middle_see_it_whole_once(vae):
 
 @pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN kernels")
 @torch.no_grad()
-def test_packed_networks_decode_in_strips_too(vae):
+@pytest.mark.parametrize("wide", [1, 1000])  # by Winograd, directly
+def test_packed_networks_decode_in_strips_too(vae, wide, monkeypatch):
+    monkeypatch.setattr("labkit.packing.WIDE", wide)
     fast = pack(vae)
+    assert any(type(m) is WinogradConv for m in fast.modules()) == (wide == 1)
     for B in (1, 2):
         z = latents(B, 4, 9, 8)
         close(decode_in_strips(fast, z, 100), vae.decode(z))

@@ -35,7 +35,7 @@ STAGES = ("clip", "vae", "diffusion")
 class Preset:
     """Everything that decides what comes out."""
 
-    world: World = World()
+    world: World = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))
     pictures: int = 40_000
     clip: LoopConfig = LoopConfig(steps=2400, batch_size=64, lr=1e-3, warmup=100)
     vae: LoopConfig = LoopConfig(steps=14_000, batch_size=4, lr=1e-3, cooldown=0.35, ema_decay=0.998, mixed_precision="bf16")

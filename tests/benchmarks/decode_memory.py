@@ -1,22 +1,34 @@
-"""The most that the VAE's decoder holds at once, plain and in strips: bytes of live tensors, counted without computing them.
+"""The memory that decoding takes: diffusers', labkit's plain, optimised and in strips.
 
-    python tests/benchmarks/decode_memory.py [SIDE ...]      pixels; 512, 1024 and 2048 unless said
+    python tests/benchmarks/decode_memory.py [SIDE ...]              pixels; 512, 1024 and 2048 unless said
+    python tests/benchmarks/decode_memory.py --measure [SIDE ...]    512 and 1024
 
-The geometry is that of Stable Diffusion 1.5 in float32, batch 1, on the meta device. Weights do not count, nor what kernels need for themselves:
-the attention's scores (fused: none) and the convolutions' scratch memory.
+The first counts bytes of live tensors without computing them, on the meta device: plain and in strips, without the weights and without what
+kernels need for themselves. The second decodes, each in a fresh process, and asks the system for the largest resident memory the
+process ever had: Python, torch, weights, packing and the kernels' scratch included. Stable Diffusion 1.5's geometry, random weights, float32, batch 1.
 """
 
+import os
+import resource
+import subprocess
 import sys
+import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from labkit.device import keep_freed_memory
 from labkit.models.config import SD15_VAE
+from labkit.models.formats import vae_to_diffusers
 from labkit.models.vae import VAE
+from labkit.packing import pack
 from labkit.strips import decode_in_strips
 
 
@@ -55,7 +67,68 @@ def peak(decode: Callable, side: int) -> int:
     return live.peak
 
 
-if __name__ == "__main__":
-    for side in map(int, sys.argv[1:] or (512, 1024, 2048)):
+WAYS = ("diffusers", "plain", "strips", "optimised", "optimised, strips")
+
+
+@torch.no_grad()
+def decoded(way: str, side: int, folder: str) -> None:
+    """Decode in this process, and print its largest resident memory in MiB: before decoding, and in all."""
+    if way == "diffusers":
+        from diffusers import AutoencoderKL
+
+        decode = AutoencoderKL.from_pretrained(folder).decode
+    else:
+        vae = plain_vae(folder)
+        if way.startswith("optimised"):
+            keep_freed_memory()
+            vae = pack(vae)
+        decode = partial(decode_in_strips if way.endswith("strips") else VAE.decode, vae)
+    z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
+    before = largest()
+    decode(z)
+    print(before, largest())
+
+
+def plain_vae(folder: str) -> VAE:
+    """The VAE of a folder, its weights mapped, as checkpoints are opened."""
+    with torch.device("meta"):
+        vae = VAE(SD15_VAE)
+    vae.load_state_dict(load_file(Path(folder, "diffusion_pytorch_model.safetensors")), assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def largest() -> int:
+    """The largest resident memory of this process so far, in MiB (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def measure(sides: list[int]) -> None:
+    """Every way and size in a process of its own, all with the same weights."""
+    from diffusers import AutoencoderKL
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        AutoencoderKL.from_config(vae_to_diffusers(SD15_VAE)).save_pretrained(folder)
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        for side in sides:
+            for way in WAYS:
+                call = [sys.executable, __file__, "--one", way, str(side), folder]
+                done = subprocess.run(call, env=environment, check=True, capture_output=True, text=True)
+                before, peak = done.stdout.split()
+                print(f"{side:5} pixels, {way:18} {peak:>6} MiB in all, {before:>5} before decoding", flush=True)
+
+
+def count(sides: list[int]) -> None:
+    for side in sides:
         plain, strips = peak(VAE.decode, side), peak(decode_in_strips, side)
         print(f"{side:5} pixels: plain {plain / 2**20:6.0f} MiB, in strips {strips / 2**20:6.0f} MiB, {strips / plain:.2f} of it")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["--one", way, side, folder]:
+            decoded(way, int(side), folder)
+        case ["--measure", *sides]:
+            measure([int(side) for side in sides or (512, 1024)])
+        case sides:
+            count([int(side) for side in sides or (512, 1024, 2048)])
