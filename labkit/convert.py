@@ -102,7 +102,7 @@ def _check_archive(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             files = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):  # what zipfile says of an archive that it cannot read
         raise CheckpointError(f"{path}: begins like a torch checkpoint, but not all of it is there; fetch it again.") from None
     if any(f.compress_type != zipfile.ZIP_STORED for f in files) or sum(f.file_size for f in files) > size:
         raise CheckpointError(f"{path}: is a packed archive, torch's checkpoints are not; unpack it, or fetch the checkpoint again.")

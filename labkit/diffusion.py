@@ -18,7 +18,7 @@ from torch import Tensor
 
 from labkit.device import Noise
 from labkit.errors import LabkitError
-from labkit.generation import Generation, finished, from_pil, to_pil  # noqa: F401  (to_pil: so that both are found here too)
+from labkit.generation import Generation, finished, from_pil
 from labkit.guidance import Model, classifier_free, conditioned, in_eps, in_interval
 from labkit.models.clip import CLIPText
 from labkit.models.condition import Condition, check_sizes, encode, silenced, sizes_told, usual_sizes

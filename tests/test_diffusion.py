@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from labkit.checkpoint import load_pipeline, save_pipeline
-from labkit.diffusion import LatentDiffusion, from_pil, to_pil
+from labkit.diffusion import LatentDiffusion
+from labkit.generation import from_pil, to_pil
 from labkit.errors import LabkitError
 from labkit.models.clip import CLIPText
 from labkit.models.config import CLIPTextConfig, UNetConfig, VAEConfig

@@ -11,7 +11,8 @@ from PIL import Image
 
 import labkit
 from labkit.checkpoint import load_pipeline
-from labkit.diffusion import Course, LatentDiffusion, from_pil, to_pil
+from labkit.diffusion import Course, LatentDiffusion
+from labkit.generation import from_pil, to_pil
 from labkit.editing import inpaint as room
 from labkit.errors import LabkitError
 from labkit.schedule import Schedule, q_sample

@@ -339,7 +339,7 @@ def test_a_trajectory_is_decoded_where_it_was_asked(lab):
     assert decode_trajectory(lab, steps, picks=[-1, 0], image=1).t == (steps[0].t, steps[6].t)
     assert decode_trajectory(lab, steps, picks=50).t == tuple(s.t for s in steps)
     assert decode_trajectory(lab, steps, picks=1).t == (steps[6].t,)
-    from labkit.diffusion import to_pil
+    from labkit.generation import to_pil
 
     assert way.x0[2].tobytes() == to_pil(lab.decode(steps[6].x0[1:]))[0].tobytes()
     assert way.x_t[2].tobytes() == to_pil(lab.decode(given(steps[6], lab)[1:]))[0].tobytes()

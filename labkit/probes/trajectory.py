@@ -14,7 +14,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from labkit.diffusion import LatentDiffusion, to_pil
+from labkit.diffusion import LatentDiffusion
+from labkit.generation import to_pil
 from labkit.errors import LabkitError
 from labkit.samplers import Step
 from labkit.schedule import q_sample

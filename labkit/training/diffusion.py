@@ -44,13 +44,13 @@ class NoisePrediction(nn.Module):
     def __init__(self, unet: UNet, text: CLIPText, schedule: Schedule, gamma: float) -> None:
         super().__init__()
         self.unet, self.text, self.schedule = unet, text, schedule
-        self.weight = min_snr(schedule, gamma).float()  # (T,)
+        self.register_buffer("weight", min_snr(schedule, gamma).float(), persistent=False)  # (T,); goes to the device with the network
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         t, eps = batch["t"], batch["eps"]
         x_t = q_sample(batch["x0"], t, eps, self.schedule)  # (B, 4, h, w)
         error = (self.unet(x_t, t, self.text(batch["ids"])) - eps).pow(2).flatten(1).mean(1)  # (B,)
-        loss = (self.weight.to(t.device)[t] * error).mean()
+        loss = (self.weight[t] * error).mean()
         late = (t >= self.schedule.config.num_train_timesteps // 2).float()
         return {"loss": loss, "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
 

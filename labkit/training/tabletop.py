@@ -99,7 +99,8 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     unet = diffusion.start_quiet(UNet(preset.unet_config))
     recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule, preset.gamma)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    with diffusion.explicit_attention(recipe.players[0].objective) if on_cpu and preset.diffusion.mixed_precision == "bf16" else nullcontext():  # in float32 it is slower
+    explicit = on_cpu and preset.diffusion.mixed_precision == "bf16"  # in float32 it is slower
+    with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
         run(recipe, preset.diffusion, folder / "diffusion", device)
 
 

@@ -9,7 +9,6 @@ process ever had: Python, torch, weights, packing and the kernels' scratch inclu
 """
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -99,6 +98,8 @@ def plain_vae(folder: str) -> VAE:
 
 def largest() -> int:
     """The largest resident memory of this process so far, in MiB (Linux counts in KiB)."""
+    import resource  # here, because Windows has none, and counting needs none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
