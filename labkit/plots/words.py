@@ -1,0 +1,62 @@
+"""Where each word had the attention: maps of colour over the picture, all on one scale."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL.Image import Image
+
+from labkit.errors import LabkitError
+from labkit.plots.canvas import SMALL, TITLE, grid, over_grey, picture, plain, tinted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from labkit.probes.heatmap import HeatMap
+
+
+def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None = None) -> "Figure":
+    """One panel a word over the greyed picture, all on one scale: the share of attention that each place gave to it.
+
+    The scale goes from the smallest to the largest share in any panel, not from zero: tokens share what there is, and
+    in most layers no word has much more than its neighbours.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    heatmaps = list(heatmaps)
+    if not heatmaps:
+        raise LabkitError("There are no heat maps to draw: give trace.heatmaps().")
+    n = len(heatmaps) + 1
+    columns = min(max(4, -(-n // 2)), 6)
+    rows = -(-n // columns)
+    figure, axes = grid(rows, columns, image.height / image.width, titles=rows, footer=0.85)
+    figure.suptitle(title or "Where each word had the attention", fontsize=TITLE)
+    low, high = min(float(h.map.min()) for h in heatmaps), max(float(h.map.max()) for h in heatmaps)
+    colours = Normalize(low if low < high else 0, high)  # the same for all: a word may have little everywhere
+    panels = [ax for row in axes for ax in row]
+    picture(panels[0], image, "the picture")
+    for ax, heatmap in zip(panels[1:], heatmaps):
+        share = heatmap.resized(image.height, image.width).numpy()
+        picture(ax, over_grey(image, colours(share)), f"“{plain(heatmap.word)}”")
+    for ax in panels[n:]:
+        ax.set_visible(False)
+    bar = figure.colorbar(ScalarMappable(colours, tinted()), ax=panels, location="bottom", aspect=45, fraction=0.05, pad=0.03)
+    bar.set_label(f"share of attention, the same scale in all panels\n({heatmaps[0].averages})", fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if high - low < 0.05 else f"{value:.0%}")
+    bar.outline.set_visible(False)
+    strongest = sorted(heatmaps, key=lambda h: float(h.map.max()), reverse=True)[:3]
+    figure.labkit_alt = (
+        f"Attention of {len(heatmaps)} words as heat maps over the picture, one panel each; strongest are "
+        + ", ".join(f"“{h.word}” ({float(h.map.max()):.0%}, {place(h)})" for h in strongest)
+        + f"; {heatmaps[0].averages}."
+    )
+    return figure
+
+
+def place(heatmap: "HeatMap") -> str:
+    """Where a map has its maximum, in words."""
+    h, w = heatmap.map.shape
+    y, x = divmod(int(heatmap.map.argmax()), w)
+    rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+    return f"{rows[3 * y // h]} {columns[3 * x // w]}"
