@@ -1,6 +1,7 @@
 """Where each word had the attention: maps of colour over the picture, all on one scale."""
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
@@ -11,13 +12,11 @@ from labkit.plots.canvas import SMALL, TITLE, grid, over_grey, picture, plain, t
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from labkit.probes.heatmap import HeatMap
 
-
-def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None = None) -> "Figure":
+def word_heatmaps(image: Image, heatmaps: Sequence, title: str | None = None) -> "Figure":
     """One panel a word over the greyed picture, all on one scale: the share of attention that each place gave to it.
 
-    The scale goes from the smallest to the largest share in any panel, not from zero: tokens share what there is, and
+    `heatmaps` are `labkit.probes.heatmap.HeatMap`s, such as `trace.heatmaps()`. The scale goes from the smallest to the largest share in any panel, not from zero: tokens share what there is, and
     in most layers no word has much more than its neighbours.
     """
     from matplotlib.cm import ScalarMappable
@@ -27,9 +26,11 @@ def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None
     if not heatmaps:
         raise LabkitError("There are no heat maps to draw: give trace.heatmaps().")
     n = len(heatmaps) + 1
-    columns = min(max(4, -(-n // 2)), 6)
+    columns = min(n, max(4, -(-n // 2)), 6)
     rows = -(-n // columns)
-    figure, axes = grid(rows, columns, image.height / image.width, titles=rows, footer=0.85)
+    averages = fill(f"({heatmaps[0].averages})", 26 * columns)  # characters that fit under so many panels
+    footer = 0.6 + 0.25 * len(averages.splitlines())
+    figure, axes = grid(rows, columns, image.height / image.width, titles=rows, footer=footer)
     figure.suptitle(title or "Where each word had the attention", fontsize=TITLE)
     low, high = min(float(h.map.min()) for h in heatmaps), max(float(h.map.max()) for h in heatmaps)
     colours = Normalize(low if low < high else 0, high)  # the same for all: a word may have little everywhere
@@ -41,7 +42,8 @@ def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None
     for ax in panels[n:]:
         ax.set_visible(False)
     bar = figure.colorbar(ScalarMappable(colours, tinted()), ax=panels, location="bottom", aspect=45, fraction=0.05, pad=0.03)
-    bar.set_label(f"share of attention, the same scale in all panels\n({heatmaps[0].averages})", fontsize=SMALL)
+    same = "share of attention, the same scale in all panels" if len(heatmaps) > 1 else "share of attention"
+    bar.set_label(f"{same}\n{averages}", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if high - low < 0.05 else f"{value:.0%}")
     bar.outline.set_visible(False)
@@ -54,7 +56,7 @@ def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None
     return figure
 
 
-def place(heatmap: "HeatMap") -> str:
+def place(heatmap) -> str:
     """Where a map has its maximum, in words."""
     h, w = heatmap.map.shape
     y, x = divmod(int(heatmap.map.argmax()), w)

@@ -7,7 +7,8 @@ is bicubic and cut off below zero, and the middle block is left out. Here a map 
 of all tokens (BOS, EOS and padding among them) add up to 1 at every place.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,18 @@ class HeatMap:
     tokens: tuple[int, ...] = ()  # positions in the text encoder's sequence, BOS is 0
     branch: str = "cond"
     image: int = 0
+    picture: Callable[[int], object] | None = field(default=None, repr=False)  # image number -> the finished picture, PIL
+
+    def plot(self, picture=None):
+        """The map over the finished picture (or over a PIL picture of your own) as a matplotlib Figure; over grey where there is none."""
+        from PIL import Image
+
+        from labkit.plots.words import word_heatmaps
+
+        if picture is None:
+            h, w = self.map.shape
+            picture = self.picture(self.image) if self.picture else Image.new("L", (8 * w, 8 * h), 128)
+        return word_heatmaps(picture, [self], f"Where “{self.word}” had the attention")
 
     def resized(self, height: int, width: int) -> Tensor:
         """The map at another size, bilinear, (height, width)."""
