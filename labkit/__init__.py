@@ -41,6 +41,7 @@ NAMES = {
     "Keep": "labkit.probes.keep",
     "save_trace": "labkit.probes.saved",
     "load_trace": "labkit.probes.saved",
+    "open_vocabulary": "labkit.probes.open_vocabulary",
     "decode_trajectory": "labkit.probes.trajectory",
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def word_heatmaps(image: Image, heatmaps: Sequence, title: str | None = None) -> "Figure":
-    """One panel a word over the greyed picture, all on one scale: the share of attention that each place gave to it.
+    """One panel a word over the greyed picture, all on one scale: the attention that each place gave to it.
 
-    `heatmaps` are `labkit.probes.heatmap.HeatMap`s, such as `trace.heatmaps()`. The scale goes from the smallest to the largest share in any panel, not from zero: tokens share what there is, and
-    in most layers no word has much more than its neighbours.
+    `heatmaps` are HeatMaps in one unit, such as `trace.heatmaps()`. The scale goes from the smallest to the largest value in any panel, not
+    from zero: tokens share what there is, and in most layers no word has much more than its neighbours.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -25,6 +25,8 @@ def word_heatmaps(image: Image, heatmaps: Sequence, title: str | None = None) ->
     heatmaps = list(heatmaps)
     if not heatmaps:
         raise LabkitError("There are no heat maps to draw: give trace.heatmaps().")
+    if len({h.unit for h in heatmaps}) > 1:
+        raise LabkitError(f"Maps in different units cannot share a scale: {', '.join(sorted({h.unit for h in heatmaps}))}; draw them apart.")
     n = len(heatmaps) + 1
     columns = min(n, max(4, -(-n // 2)), 6)
     rows = -(-n // columns)
@@ -42,18 +44,24 @@ def word_heatmaps(image: Image, heatmaps: Sequence, title: str | None = None) ->
     for ax in panels[n:]:
         ax.set_visible(False)
     bar = figure.colorbar(ScalarMappable(colours, tinted()), ax=panels, location="bottom", aspect=45, fraction=0.05, pad=0.03)
-    same = "share of attention, the same scale in all panels" if len(heatmaps) > 1 else "share of attention"
-    bar.set_label(f"{same}\n{averages}", fontsize=SMALL)
+    same = ", the same scale in all panels" if len(heatmaps) > 1 else ""
+    bar.set_label(f"{heatmaps[0].unit}{same}\n{averages}", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
-    bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if high - low < 0.05 else f"{value:.0%}")
+    if heatmaps[0].unit.startswith("share"):
+        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if high - low < 0.05 else f"{value:.0%}")
     bar.outline.set_visible(False)
     strongest = sorted(heatmaps, key=lambda h: float(h.map.max()), reverse=True)[:3]
     figure.labkit_alt = (
         f"Attention of {len(heatmaps)} words as heat maps over the picture, one panel each; strongest are "
-        + ", ".join(f"“{h.word}” ({float(h.map.max()):.0%}, {place(h)})" for h in strongest)
+        + ", ".join(f"“{h.word}” ({strength(h)}, {place(h)})" for h in strongest)
         + f"; {heatmaps[0].averages}."
     )
     return figure
+
+
+def strength(heatmap) -> str:
+    """The largest value of a map, in words."""
+    return f"{float(heatmap.map.max()):.0%}" if heatmap.unit.startswith("share") else f"{float(heatmap.map.max()):.2g}"
 
 
 def place(heatmap) -> str:

@@ -17,9 +17,12 @@ from torch import Tensor
 from labkit.errors import LabkitError
 
 
+SHARE = "share of attention"
+
+
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """`map` (h, w) float32: the share of attention that the word had at each place; `averages` says in words of what."""
+    """`map` (h, w) float32: the attention that the word had at each place, measured in `unit`; `averages` says in words what was averaged."""
 
     word: str
     map: Tensor
@@ -28,6 +31,7 @@ class HeatMap:
     branch: str = "cond"
     image: int = 0
     picture: Callable[[int], object] | None = field(default=None, repr=False)  # image number -> the finished picture, PIL
+    unit: str = SHARE
 
     def plot(self, picture=None):
         """The map over the finished picture (or over a PIL picture of your own) as a matplotlib Figure; over grey where there is none."""

@@ -52,7 +52,7 @@ class Run:
         there = named(tuple(dict.fromkeys(layer for k, layer, _ in self.stores if k == kind)), pattern)
         if resolution is None:
             return there
-        at = {layer: self._shape(kind, layer) for layer in there}
+        at = {layer: self.resolution(layer, kind) for layer in there}
         found = tuple(layer for layer, (y, x) in at.items() if resolution in (y, (y, x)))
         if not found:
             sizes = ", ".join(f"{y}x{x}" for y, x in dict.fromkeys(at.values()))
@@ -79,9 +79,13 @@ class Run:
     def picture(self, image: int = 0):
         """The picture as it was after the latest step, PIL; LabkitError if there is none."""
         self._check_image(image)
-        if self.final is None or self.decode is None:
+        if self.shown() is None:
             raise LabkitError("There is no picture: none was drawn, or the trace was loaded without its model; load_trace(path, lab) has one.")
         return self.decode(self.final[image : image + 1])
+
+    def shown(self) -> Callable[[int], object] | None:
+        """`picture`, if there are pictures."""
+        return None if self.final is None or self.decode is None else self.picture
 
     # --- attention -------------------------------------------------------------------------------------------------
 
@@ -94,22 +98,22 @@ class Run:
         `word`: the shares of its tokens are added; None keeps all tokens, whose shares add up to 1. `step`: a number, a slice (axis "step"),
         or None for the mean over all. `layer`: as in `layers`; axis "layer" where several fit. Raises LabkitError, listing what there is.
         """
-        self._check(image, branch, "cross", word if layer == "*" else None)
+        self.check(image, branch, "cross", word if layer == "*" else None)
         chosen = self.layers(layer, resolution)
-        if len({self._shape("cross", one) for one in chosen}) > 1:
-            sizes = {f"{y}x{x}" for y, x in (self._shape("cross", one) for one in chosen)}
+        if len({self.resolution(one) for one in chosen}) > 1:
+            sizes = {f"{y}x{x}" for y, x in (self.resolution(one) for one in chosen)}
             raise LabkitError(f"{layer!r} fits {len(chosen)} layers of sizes {', '.join(sorted(sizes))}: choose a resolution=, or one of: {', '.join(chosen)}.")
         tokens = None if word is None else self.tokens(word, image, branch, occurrence)
         return self._stacked("cross", chosen, (image, branch), step, head, tokens)
 
     def self_attention(self, layer: str = "*", step: int | slice | None = None, head: int | None = None, image: int = 0, branch: str = "cond") -> Named:
         """Self-attention, axes (step, layer, head, y, x, key_y, key_x): at place (y, x), the share that each other place has. Arguments as in `attention`."""
-        self._check(image, branch, "self")
+        self.check(image, branch, "self")
         return self._stacked("self", self.layers(layer, kind="self"), (image, branch), step, head)
 
     def residual(self, layer: str = "*", step: int | slice | None = None, image: int = 0, branch: str = "cond") -> Named:
         """The residual stream after a block, axes (step, layer, channel, y, x); "mid" is the middle block's. Arguments as in `attention`."""
-        self._check(image, branch, "resid")
+        self.check(image, branch, "resid")
         return self._stacked("resid", self.layers(layer, kind="resid"), (image, branch), step)
 
     def text(self, layer: str = "*", image: int = 0, branch: str = "cond") -> Named:
@@ -137,7 +141,7 @@ class Run:
         0 is the first), are added. Each layer's map is upsampled bilinearly after the averaging over steps and heads.
         `branch` "uncond" speaks of the negative prompt's words. Raises LabkitError that lists the words, layers or branches there are.
         """
-        self._check(image, branch, "cross")
+        self.check(image, branch, "cross")
         tokens = self.tokens(word, image, branch, occurrence)
         chosen = self.layers(layers, resolution)
         maps = []
@@ -148,11 +152,11 @@ class Run:
         count = len(seen) if step is None else 1 if isinstance(step, int) else len([i for i in range(max(seen) + 1)[step] if i in seen])
         about = described(count, len(chosen), f"head {head}" if head is not None else "all heads", self.tokenizer.max_length)
         name = word if isinstance(word, str) else f"token {', '.join(map(str, tokens))}"
-        return HeatMap(name, average(maps, self.size), about, tokens, branch, image, self.picture if self.decode is not None and self.final is not None else None)
+        return HeatMap(name, average(maps, self.size), about, tokens, branch, image, self.shown())
 
     def heatmaps(self, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = "*", **which) -> list[HeatMap]:
         """One heat map for each word of the prompt, in reading order; a word that stands there twice has one map. `which` as in `heatmap`."""
-        self._check(image, branch, "cross")
+        self.check(image, branch, "cross")
         there: dict[str, str] = {}
         for span in words(self.tokenizer, self.prompts[branch][image]):
             there.setdefault(normalise(span.text)[0], span.text)
@@ -199,13 +203,13 @@ class Run:
     def _averaged(self, kind: str) -> bool:
         return kind in ("cross", "self") and not self.plan.keep.heads
 
-    def _shape(self, kind: str, layer: str) -> tuple[int, int]:
+    def resolution(self, layer: str, kind: str = "cross") -> tuple[int, int]:
         """(y, x) of a layer's maps."""
         values = next(store.values for (k, one, _), store in self.stores.items() if (k, one) == (kind, layer))
         at = 2 + AXES[kind].index("y")
         return tuple(values.shape[at : at + 2])
 
-    def _check(self, image: int, branch: str, kind: str, layer_in_its_place: Word | None = None) -> None:
+    def check(self, image: int, branch: str, kind: str, layer_in_its_place: Word | None = None) -> None:
         kinds = dict.fromkeys(k for k, *_ in self.stores)
         if kind not in kinds:
             asked = {"cross": "attention='cross'", "self": "attention='self'", "resid": "states='resid'", "queries": "states='queries'"}[kind]
