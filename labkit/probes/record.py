@@ -136,8 +136,9 @@ class Trace:
     What is asked of the trace itself is asked of the latest run: `trace.heatmap(...)` is `trace.runs[-1].heatmap(...)`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lab: LatentDiffusion | None = None) -> None:
         self.runs: list[Run] = []
+        self.lab = lab  # what decodes recorded latents
 
     @property
     def run(self) -> Run:
@@ -185,7 +186,7 @@ def record(lab: LatentDiffusion, attention: str | None = "cross", latents: bool 
         raise LabkitError(f"attention is {attention!r}: use 'cross' or None.")
     if attention is None and not latents:
         raise LabkitError("There is nothing to record: ask for attention='cross', latents=True, or both.")
-    trace = Trace()
+    trace = Trace(lab)
     current: list[Run] = []  # the run whose step is being computed; generators may be interleaved
 
     def listener(probs: Tensor, name: str) -> None:
