@@ -46,6 +46,7 @@ NAMES = {
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
+    "explore": "labkit.widgets.explorer",
 }
 ROOMS = (
     *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
