@@ -42,6 +42,10 @@ NAMES = {
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
+    "edit": "labkit.editing.prompt_to_prompt",
+    "Edit": "labkit.editing.prompt_to_prompt",
+    "Blend": "labkit.editing.blend",
+    "align": "labkit.editing.alignment",
 }
 ROOMS = (
     *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),

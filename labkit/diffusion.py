@@ -119,6 +119,12 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **said, height=height, width=width, sampler=sampler, **rarer)
         return finished(self, self.steps(**recipe.plain()), recipe, progress)
 
+    def edit(self, source: str, target: str | Sequence[str] | None = None, **how) -> "Edit":  # noqa: F821
+        """Prompt-to-Prompt: draw `source`, and `target` as the same picture with that change; as `labkit.edit(lab, ...)`."""
+        from labkit.editing.prompt_to_prompt import edit
+
+        return edit(self, source, target, **how)
+
     def steps(self, prompt: str | Sequence[str], *, course: Callable[[Noise], Course] | None = None, **asked) -> Iterator[Step]:
         """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`.
 
