@@ -168,14 +168,16 @@ def test_outside_of_the_mask_the_source_stays_bit_by_bit(labs):
         assert run(labs[family], seed=[0, 1]).masks is None
 
 
-def test_the_mask_is_the_published_one():
+def test_the_mask_is_the_published_one_but_for_the_minimum():
     maps = torch.rand(2, 8, 4, 10, generator=torch.Generator().manual_seed(0))
-    found = mask(maps, (3, 5), (16, 8), 0.6)
     m = maps[..., 3] + maps[..., 5]
     padded = F.pad(m, (1, 1, 1, 1), value=-1.0)
     pooled = torch.stack([padded[:, dy : dy + 8, dx : dx + 4] for dy in range(3) for dx in range(3)]).amax(0)
-    expected = torch.stack([one / one.max() > 0.6 for one in pooled]).float().repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(found, expected) and 0 < expected.mean() < 1
+    for reference, least in ((True, 0), (False, 1)):
+        expected = [(one - least * one.min()) / (one.max() - least * one.min()) > 0.8 for one in pooled + 4]
+        expected = torch.stack(expected).float().repeat_interleave(2, 1).repeat_interleave(2, 2)
+        assert torch.equal(mask(maps + 2, (3, 5), (16, 8), 0.8, reference), expected)
+        assert bool(expected.all()) == reference  # nothing is below 0.8 of the maximum: the published mask lets all of it in
     assert mask(maps, (), (16, 8), 0.6).sum() == 0  # no words, nothing let in
 
 

@@ -239,7 +239,7 @@ class Run:
         y, x = next(iter(self.words.values()))
         maps = rearrange(self.maps, "s k (y x) l -> k s y x l", y=y, x=x)
         latents = rearrange(step.x, "(s k) c h w -> k s c h w", s=self.S).clone()
-        seen = partial(mask, size=self.size, threshold=blend.threshold)
+        seen = partial(mask, size=self.size, threshold=blend.threshold, reference=self.reference)
         self.masks = torch.stack([torch.maximum(seen(maps[0], a), seen(maps[k], b)) for k, (a, b) in enumerate(self.tokens, start=1)])  # (K, S, h, w)
         m = self.masks[:, :, None].to(latents)
         latents[1:] = torch.lerp(latents[:1], latents[1:], m)
