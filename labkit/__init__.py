@@ -43,9 +43,11 @@ NAMES = {
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
     "edit": "labkit.editing.prompt_to_prompt",
-    "Edit": "labkit.editing.prompt_to_prompt",
+    "Edit": "labkit.editing.result",
     "Blend": "labkit.editing.blend",
     "align": "labkit.editing.alignment",
+    "invert": "labkit.editing.inversion",
+    "Inversion": "labkit.editing.inversion",
 }
 ROOMS = (
     *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),

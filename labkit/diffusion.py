@@ -55,6 +55,7 @@ class Course:
 
     z: Tensor                                                     # (B, 4, h, w), standard normal; x_T is made of it
     told: Callable[[Tensor], Tensor] = lambda x_t: x_t            # x_t of all rows -> the U-Net's input
+    said: Callable[[Tensor | Condition], Tensor | Condition] = lambda c: c  # the condition of all rows -> what the U-Net reads
     after: Callable[[Step], Tensor | None] = lambda step: None    # the latent to go on from, (B, 4, h, w); None: step.x
 
 
@@ -135,7 +136,7 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **asked)
         f, c_z = self.vae.config.factor, self.vae.config.latent_channels
         size = (recipe.height // f, recipe.width // f)
-        c, uncond = self._conditions(recipe)  # (B, L, D)
+        c, uncond = self.conditions(recipe)  # (B, L, D)
         noise = Noise(recipe.seed, (c_z, *size))
         run = Course(noise.draw()) if course is None else course(noise)
         B, done = len(noise.seeds), 0
@@ -145,7 +146,7 @@ class LatentDiffusion:
             self.layout = Layout(denoise.branches, B, done, t, recipe.steps, size, *texts)
             try:
                 with torch.no_grad():
-                    return self.unet(run.told(x_t).to(self.dtype), t, c).to(x_t.dtype)
+                    return self.unet(run.told(x_t).to(self.dtype), t, run.said(c)).to(x_t.dtype)
             finally:
                 self.layout = None
 
@@ -215,7 +216,7 @@ class LatentDiffusion:
         sizes = usual if sizes is None else check_sizes(sizes, usual)
         return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
 
-    def _conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
+    def conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
         """What the pictures of a recipe are told in the branches "cond" and "uncond"."""
         usual = usual_sizes(self._sizes_told, recipe.height, recipe.width)
         asked = recipe.sizes

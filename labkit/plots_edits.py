@@ -13,7 +13,7 @@ from labkit.plots import LABEL, SMALL, TITLE, grid, over_grey, picture, plain, t
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from labkit.editing.prompt_to_prompt import Edit
+    from labkit.editing.result import Edit
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito's: apart to colour-blind eyes too
 MARKERS = "osD^vP"
@@ -34,7 +34,7 @@ def edit_panels(edit: "Edit", target: int = 0, seed: int = 0, words: Sequence[st
     before, after = edit.sources[seed], edit.edited[target][seed]
     differs = absolute(asarray(after, dtype=float) - asarray(before, dtype=float)).mean(-1)  # (H, W)
     columns = max(3, 1 + len(maps))
-    figure, axes = grid(2, columns, before.height / before.width, titles=2, footer=1.6)
+    figure, axes = grid(2, columns, before.height / before.width, titles=2, footer=1.2)
     figure.suptitle(title or f"“{plain(edit.prompts[0])}”\n→ “{plain(edit.prompts[1 + target])}”", fontsize=TITLE)
     picture(axes[0][0], before, "the source")
     picture(axes[0][1], after, "the edit")

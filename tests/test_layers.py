@@ -34,9 +34,10 @@ SIDE = {
     "training": (LAYER["diffusion"], {"scenes"}),
     "adapters": (LAYER["diffusion"], set()),
     "checks": (LAYER["plots"], {"scenes"}),
+    "measure": (LAYER["plots"], {"scenes"}),
 }
 # Where the main line may look into a side room.
-DOORS = {("__main__", "training"), ("__main__", "scenes"), ("__init__", "scenes")}
+DOORS = {("__main__", "training"), ("__main__", "scenes"), ("__main__", "measure"), ("__init__", "scenes")}
 
 # The one arrow up: `lab.edit(...)` is `labkit.edit(lab, ...)` in one line, because that is how people look for it.
 CONVENIENCES = {("diffusion", "editing.prompt_to_prompt")}

@@ -9,7 +9,7 @@ from PIL import Image
 import tiny
 from labkit import plots
 from labkit.editing.alignment import align
-from labkit.editing.prompt_to_prompt import Edit
+from labkit.editing.result import Edit
 from labkit.errors import LabkitError
 from labkit.plots_edits import edit_frontier, edit_panels
 

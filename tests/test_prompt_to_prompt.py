@@ -189,6 +189,8 @@ def test_the_masks_of_an_edit_follow_from_its_maps(labs):
         before = mask(drawn.maps[0], find(tokenizer, SOURCE, "ball"), (16, 8), 0.8)
         after = mask(drawn.maps[1 + k], [t for w in words for t in find(tokenizer, text, w)], (16, 8), 0.8)
         assert torch.equal(drawn.masks[k], torch.maximum(before, after)) and 0 < drawn.masks[k].mean() < 1 and not torch.equal(before, after)
+    two = run(labs["sd21"], target=[TARGET, TARGET], blend=[None, Blend("cube", 0.8)])
+    assert bool(two.masks[0].all()) and not bool(two.masks[1].all()) and torch.equal(two.latents[1], run(labs["sd21"], target=[TARGET, TARGET]).latents[1])
     changed = run(labs["tiny"], target=LONGER, blend="changed")  # no word is gone: the mask is of "left of a cube" alone
     assert torch.equal(changed.masks[0], mask(changed.maps[1], range(4, 8), (8, 8), 0.3))
 
@@ -200,6 +202,7 @@ def test_the_blend_begins_where_it_is_told(labs):
     for start, first in ((0.2, 1), (0.5, 2), (0.0, 0)):
         edit_ = Run(lab, SOURCE, TARGET, {"steps": 5}, False)
         edit_.control(0.8, 0.4, None)
+        assert edit_.blends == [None]
         edit_.blend(Blend("cube", 0.8, start))
         edit_.maps, step = torch.rand(1, 2, 64, 16), next(lab.steps([SOURCE, TARGET], steps=5))
         assert [edit_.after(replace(step, i=i)) is not None for i in range(5)] == [i >= first for i in range(5)]
@@ -308,7 +311,7 @@ def test_an_optimised_model_edits_alike():
         (dict(cross=1.5), "cross is 1.5"), (dict(cross=(0.6, 0.2)), "cross is"), (dict(cross={"ball": 0.5}), "'ball' is not in the prompt"),
         (dict(cross={"cube": "all"}), "cross of 'cube' is 'all'"), (dict(self_attention=True), "self_attention is True"), (dict(self_attention=[0.1, 0.2]), "2 entries for 1 target"),
         (dict(reweight={"ball": 2}), "Its words are: a, blue, cube"), (dict(reweight={"cube": None}), "weight of 'cube' is None"), (dict(reweight=3), "weights by word"),
-        (dict(blend="left"), "in neither prompt"), (dict(method="swap"), "'replace' or 'refine'"), (dict(guidance=0), "Guidance is 0"), (dict(sampler="magic"), "ddim, ddpm"),
+        (dict(blend="left"), "in neither prompt"), (dict(blend=["ball", "cube"]), "2 entries for 1 target"), (dict(method="swap"), "'replace' or 'refine'"), (dict(guidance=0), "Guidance is 0"), (dict(sampler="magic"), "ddim, ddpm"),
         (dict(reference=True, target=LONGER), "3 and 7"), (dict(colour="red"), "There is no argument 'colour'"),
     ],
 )  # fmt: skip

@@ -11,83 +11,37 @@ where (edit), `control.py` when and in which layers, `blend.py` what m is. Only 
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from io import BytesIO
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from labkit.device import Noise
 from labkit.diffusion import Course, LatentDiffusion
-from labkit.editing.alignment import Alignment, align
+from labkit.editing.alignment import align
 from labkit.editing.blend import Blend, blend_tokens, mask
 from labkit.editing.control import Control, Window, check_prompts, coarse, cross_table, for_each, self_table, weights, worded
+from labkit.editing.inversion import Inversion
+from labkit.editing.result import Edit
 from labkit.errors import LabkitError
 from labkit.generation import to_pil
-from labkit.models.tokenizer import Tokenizer
-from labkit.probes.heatmap import HeatMap
-from labkit.probes.words import find
+from labkit.models.condition import Condition
+from labkit.models.unet import states_of
 from labkit.recipe import Recipe, check_text, check_words_alone, complete
 from labkit.samplers import Step
 from labkit.tap import listen
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """S pictures of a source prompt, and of each of K target prompts; what they were made with, and the maps and masks."""
-
-    sources: list[Image.Image]             # one a seed
-    edited: list[list[Image.Image]]        # [target][seed]
-    latents: Tensor                        # (1 + K, S, 4, h, w), the source first
-    maps: Tensor                           # (1 + K, S, y, x, L) float32: cross-attention used, mean over steps, heads, and layers of y x x places
-    masks: Tensor | None                   # (K, S, h, w) of 0 and 1, where the local blend let the edit in after the last step
-    alignments: list[Alignment]
-    prompts: tuple[str, ...]               # the source's, then the targets'
-    recipe: dict                           # what both sides were drawn with, as of `generate`
-    model: str
-    tokenizer: Tokenizer = field(repr=False)
-
-    @property
-    def source(self) -> Image.Image:
-        """The source's first picture."""
-        return self.sources[0]
-
-    @property
-    def image(self) -> Image.Image:
-        """The first target's first picture."""
-        return self.edited[0][0]
-
-    def heatmap(self, word: str, target: int | None = 0, seed: int = 0) -> HeatMap:
-        """Where a word of a target's prompt (of the source's with target=None) had the attention in this edit, (y, x)."""
-        side = 0 if target is None else 1 + target
-        if not 0 <= side < len(self.prompts) or not 0 <= seed < len(self.sources):
-            raise LabkitError(f"There is no picture of target {target}, seed number {seed}: this edit has {len(self.edited)} targets and {len(self.sources)} seeds.")
-        tokens = find(self.tokenizer, self.prompts[side], word)
-        about = f"mean over steps, heads, and the layers of {self.maps.shape[2]}x{self.maps.shape[3]} places; the shares of all tokens sum to 1"
-        return HeatMap(word, self.maps[side, seed][..., list(tokens)].sum(-1), about, tokens, "cond", seed)
-
-    def _repr_png_(self) -> bytes:
-        """What a notebook shows: a row a seed, the source and the edits side by side."""
-        width, height = self.source.size
-        sheet = Image.new("RGB", (width * len(self.prompts), height * len(self.sources)))
-        for k, column in enumerate([self.sources, *self.edited]):
-            for s, image in enumerate(column):
-                sheet.paste(image, (k * width, s * height))
-        sheet.save(png := BytesIO(), "PNG")
-        return png.getvalue()
-
-
 def edit(
     lab: LatentDiffusion,
-    source: str,
+    source: str | Inversion,
     target: str | Sequence[str] | None = None,
     cross: Window | Mapping[str, Window] | list = 0.8,
     self_attention: Window | list = 0.4,
     reweight: Mapping[str, float] | list | None = None,
-    blend: str | Sequence[str] | Blend | None = None,
+    blend: str | tuple[str, ...] | Blend | list | None = None,
     method: str = "replace",
     reference: bool = False,
     progress: bool = True,
@@ -95,12 +49,13 @@ def edit(
 ) -> Edit:
     """Draw `source`, and `target` (one or several; None: the source again, for `reweight`) as the same picture with that change.
 
+    `source` is a prompt, or the Inversion of pictures that are to be edited.
     `cross`: the share of the steps in which cross-attention is edited, or (begin, end), or one by word: {"default_": 0.8, "cube": 0.4}.
     `self_attention`: the share in which self-attention is copied; more keeps more of the source's shape. `reweight`: {"red": 3} makes
-    a word of the target count for more (all steps). `blend`: words outside of whose maps the source's picture stays; "changed" for
-    those that differ; a `Blend` for its threshold. `method`: whether words that replace others take over their maps ("replace") or keep
-    their own ("refine"). cross, self_attention and reweight are one for all targets, or a list with one for each. `reference`: as the
-    published code has it, quirks included (labkit.editing.published). `asked`: other arguments of `lab.generate`; several seeds draw
+    a word of the target count for more (all steps). `blend`: a word, or a tuple of words, outside of whose maps the source's picture
+    stays; "changed" for those that differ; a `Blend` for its threshold. `method`: whether words that replace others take over their maps
+    ("replace") or keep their own ("refine"). These are one for all targets, or, but for the method, a list with one for each.
+    `reference`: as the published code has it, quirks included (labkit.editing.published). `asked`: other arguments of `lab.generate`; several seeds draw
     several pictures, each from its own noise. Raises LabkitError if any of it cannot be. A recording around it hears attention as the
     network computes it; `Edit.maps` are what was used.
     """
@@ -113,8 +68,11 @@ def edit(
 class Run:
     """One edit in progress: S seeds x (1 source + K targets) pictures, rows in this order."""
 
-    def __init__(self, lab: LatentDiffusion, source: str, target: str | Sequence[str] | None, asked: dict, reference: bool = False) -> None:
+    def __init__(self, lab: LatentDiffusion, source: str | Inversion, target: str | Sequence[str] | None, asked: dict, reference: bool = False) -> None:
         check_words_alone(lab)
+        self.inversion = source if isinstance(source, Inversion) else None
+        if self.inversion:
+            asked, source = edit_recipe(self.inversion, asked), self.inversion.prompt
         targets = [source] if target is None else [target] if isinstance(target, str) else list(target)
         check_prompts([source, *targets])
         if not targets:
@@ -129,7 +87,7 @@ class Run:
         self.size = (self.recipe.height // lab.vae.config.factor, self.recipe.width // lab.vae.config.factor)
         self.words = worded(lab.unet, self.size)
         self.maps: Tensor | None = None  # (S, 1 + K, N, L), sum over calls and layers
-        self.calls, self.masks, self.blended = 0, None, None
+        self.calls, self.masks, self.blends = 0, None, [None] * len(targets)
 
     @property
     def S(self) -> int:
@@ -153,13 +111,11 @@ class Run:
             for text, c, s, w in each
         ]
 
-    def blend(self, said: str | Sequence[str] | Blend | None) -> None:
-        """Work out the tokens of the masks, for each target."""
-        if said is None:
-            return
-        blend = said if isinstance(said, Blend) else Blend(() if said == "changed" else said)
-        self.blended = blend
-        self.tokens = [blend_tokens(blend, self.tokenizer, self.source, text, c.alignment) for text, c in zip(self.targets, self.controls)]
+    def blend(self, said) -> None:
+        """Work out the tokens of the masks, for each target; None where it is not blended."""
+        each = [one if isinstance(one, (Blend, type(None))) else Blend(() if one == "changed" else one) for one in for_each(said, self.K, "blend")]
+        tokens = partial(blend_tokens, tokenizer=self.tokenizer, source=self.source)
+        self.blends = [one and (one, *tokens(one, target=text, alignment=c.alignment)) for one, text, c in zip(each, self.targets, self.controls)]
 
     def draw(self, progress: bool) -> Edit:
         from tqdm.auto import tqdm
@@ -180,7 +136,19 @@ class Run:
         return Edit(images[0], images[1:], latents, maps, masks, alignments, prompts, self.recipe.plain(), self.lab.name, self.tokenizer)
 
     def course(self, noise: Noise) -> Course:
-        return Course(noise.draw(), after=self.after)
+        if self.inversion is None:
+            return Course(noise.draw(), after=self.after)
+        z = self.inversion.z.repeat_interleave(1 + self.K, dim=0)  # (S * (1 + K), 4, h, w)
+        return Course(z, said=self.said, after=self.after)
+
+    def said(self, c: Tensor | Condition) -> Tensor | Condition:
+        """The condition of all rows, with the unconditional states that null text found for this step."""
+        layout = self.lab.layout
+        if self.inversion.uncond is None or "uncond" not in layout.branches:
+            return c
+        begin, states = layout.branches.index("uncond") * layout.images, states_of(c).clone()
+        states[begin : begin + layout.images] = self.inversion.uncond[layout.i].repeat_interleave(1 + self.K, dim=0).to(states)
+        return replace(c, states=states) if isinstance(c, Condition) else states
 
     def listening(self) -> AbstractContextManager:
         """Listeners at all cross-attention, and at self-attention of coarse layers if any target copies it."""
@@ -232,18 +200,31 @@ class Run:
         return rearrange(out, "b s k head n l -> (b s k) head n l")
 
     def after(self, step: Step) -> Tensor | None:
-        """The latents with the source's put back outside of the masks."""
-        blend = self.blended
-        if blend is None or self.maps is None or step.i < int(blend.start * self.recipe.steps):
+        """Where the step goes on from: the source on its path, where it was inverted directly; its latents outside of the masks."""
+        direct = self.inversion is not None and self.inversion.kind == "direct"
+        blends = {k: one for k, one in enumerate(self.blends) if one and self.maps is not None and step.i >= int(one[0].start * self.recipe.steps)}
+        if not (blends or direct):
             return None
-        y, x = next(iter(self.words.values()))
-        maps = rearrange(self.maps, "s k (y x) l -> k s y x l", y=y, x=x)
         latents = rearrange(step.x, "(s k) c h w -> k s c h w", s=self.S).clone()
-        seen = partial(mask, size=self.size, threshold=blend.threshold, reference=self.reference)
-        self.masks = torch.stack([torch.maximum(seen(maps[0], a), seen(maps[k], b)) for k, (a, b) in enumerate(self.tokens, start=1)])  # (K, S, h, w)
-        m = self.masks[:, :, None].to(latents)
-        latents[1:] = torch.lerp(latents[:1], latents[1:], m)
+        if direct:
+            latents[0] = self.inversion.path[self.recipe.steps - 1 - step.i].to(latents)
+        if blends and self.masks is None:
+            self.masks = torch.ones(self.K, self.S, *self.size, device=latents.device)
+        for k, (blend, before, after) in blends.items():
+            y, x = next(iter(self.words.values()))
+            maps = rearrange(self.maps, "s k (y x) l -> k s y x l", y=y, x=x)
+            seen = partial(mask, size=self.size, threshold=blend.threshold, reference=self.reference)
+            self.masks[k] = torch.maximum(seen(maps[0], before), seen(maps[1 + k], after))  # (S, h, w)
+            latents[1 + k] = torch.lerp(latents[0], latents[1 + k], self.masks[k][:, None].to(latents))
         return rearrange(latents, "k s c h w -> (s k) c h w")
+
+
+def edit_recipe(inversion: Inversion, asked: dict) -> dict:
+    """The arguments with which inverted pictures are edited: those of the inversion, but for what may be changed."""
+    fixed = {"steps", "sampler", "height", "width", "seed", "sizes"} | ({"guidance", "negative_prompt", "rescale", "interval"} if inversion.uncond is not None else set())
+    if changed := fixed & set(asked):
+        raise LabkitError(f"{', '.join(sorted(changed))}: an inversion was made for its own, so leave it out here and give it to invert.")
+    return {**{name: value for name, value in inversion.recipe.plain().items() if name != "prompt"}, **asked}
 
 
 def expanded(recipe: Recipe, prompts: Sequence[str]) -> Recipe:
