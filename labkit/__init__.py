@@ -42,6 +42,7 @@ NAMES = {
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
+    "image_to_image": "labkit.editing.image_to_image",
     "edit": "labkit.editing.prompt_to_prompt",
     "Edit": "labkit.editing.result",
     "Blend": "labkit.editing.blend",

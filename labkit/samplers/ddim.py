@@ -24,20 +24,23 @@ def ddim(
     steps: int,
     eta: float = 0.0,
     noise: Callable[[], Tensor] | None = None,
+    first: int = 0,
 ) -> Iterator[Step]:
     """Sample from x = x_T ~ N(0, I), (B, C, h, w), in `steps` steps; equal to diffusers' DDIMScheduler, unclipped.
 
-    eta = 0 is deterministic, eta = 1 adds as much noise as DDPM does; `noise()` gives fresh noise of x's shape
-    (`Noise.draw`). Raises LabkitError on bad steps or eta, and where eta > 0 has no noise.
+    With `first`, x is the latent at which step number `first` begins, and the steps before it are left out. eta = 0 is deterministic, eta = 1 adds as much noise as DDPM does; `noise()` gives fresh noise of x's shape
+    (`Noise.draw`). Raises LabkitError on bad steps, eta or first, and where eta > 0 has no noise.
     """
     pairs = visits(schedule, steps)
     if not 0 <= eta <= 1:
         raise LabkitError(f"eta is {eta!r}: give a number from 0 (deterministic) to 1 (as noisy as DDPM).")
+    if not 0 <= first < steps:
+        raise LabkitError(f"first is {first!r}: of {steps} steps begin with number 0 to {steps - 1}.")
     if eta > 0:
         check_noise(noise)
 
     def run(x: Tensor) -> Iterator[Step]:
-        for i, ((t, s), later) in enumerate(and_next(pairs)):
+        for i, ((t, s), later) in list(enumerate(and_next(pairs)))[first:]:
             a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
             eps = predict(denoise, x, t)
             x0 = _x0(x, eps, a_t)
