@@ -47,6 +47,13 @@ NAMES = {
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
     "explore": "labkit.widgets.explorer",
+    "image_to_image": "labkit.editing.image_to_image",
+    "edit": "labkit.editing.prompt_to_prompt",
+    "Edit": "labkit.editing.result",
+    "Blend": "labkit.editing.blend",
+    "align": "labkit.editing.alignment",
+    "invert": "labkit.editing.inversion",
+    "Inversion": "labkit.editing.inversion",
 }
 ROOMS = (
     *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),

