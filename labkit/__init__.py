@@ -44,7 +44,7 @@ NAMES = {
     "inpaint": "labkit.editing.inpaint",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
+    *("checkpoint", "checks", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
     *("recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
