@@ -5,6 +5,7 @@ knob asks nothing of the kernel, which may be busy, slow or dead. Every widget s
 figure, because widgets do not survive in saved notebooks, HTML pages and other editors.
 """
 
+from labkit.widgets.flip import flip
 from labkit.widgets.guidance import guidance_slider
 
-__all__ = ["guidance_slider"]
+__all__ = ["flip", "guidance_slider"]
