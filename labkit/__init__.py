@@ -44,8 +44,8 @@ NAMES = {
     "inpaint": "labkit.editing.inpaint",
 }
 ROOMS = (
-    *("checkpoint", "checks", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "plots_course"),
-    *("probes", "recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
+    *("checkpoint", "checks", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "mixture", "models", "packing", "plots"),
+    *("plots_course", "probes", "recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 

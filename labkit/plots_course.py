@@ -4,6 +4,7 @@
     curves(lines, ...)                lines over one axis; told apart by colour and by dashes
     maps(values, titles, ...)         numbers over places, all panels on one scale
     arrows(fields, points, ...)       vectors over a plane, with the points they belong to
+    clouds(points, ...)               points in a plane, a panel for each set of them
 
 What a figure shows in words is the caller's to say (`alt`): only who made the numbers knows what they mean.
 """
@@ -109,7 +110,8 @@ def arrows(
     """One panel a field {name: (places (N, 2), vectors (N, 2))}, all with arrows of one scale, over a cloud of `points` (M, 2); `names` of the axes."""
     if not fields or any(at.shape != v.shape or at.ndim != 2 or at.shape[1] != 2 for at, v in fields.values()):
         raise LabkitError("A field is a pair of tensors (N, 2): places and the vectors there.")
-    figure, _ = _axes(WIDTH, 0.9 + (WIDTH - 0.8) / len(fields), axes=False)
+    width = min(WIDTH, 3.6 * len(fields))
+    figure, _ = _axes(width, 0.9 + (width - 0.8) / len(fields), axes=False)
     longest = max(float(v.norm(dim=1).max()) for _, v in fields.values())
     panels = figure.subplots(1, len(fields), squeeze=False, sharex=True, sharey=True)[0]
     for ax, (name, (at, v)) in zip(panels, fields.items()):
@@ -119,6 +121,24 @@ def arrows(
         ax.set_title(name, fontsize=LABEL)
         ax.set_aspect("equal")
         _dress(ax, names[0], names[1] if ax is panels[0] else "")
+    figure.suptitle(title, fontsize=TITLE)
+    figure.labkit_alt = alt
+    return figure
+
+def clouds(points: Mapping[str, Tensor], title: str, alt: str, limit: float | None = None) -> "Figure":
+    """One panel a cloud of points {name: (N, 2)}, all with the same axes; `limit` cuts them at plus and minus that."""
+    if not points or any(p.ndim != 2 or p.shape[1] != 2 for p in points.values()):
+        raise LabkitError("A cloud is a tensor (N, 2): two numbers a point.")
+    figure, _ = _axes(WIDTH, 0.9 + (WIDTH - 0.8) / max(len(points), 3), axes=False)
+    panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
+    for ax, (name, at) in zip(panels, points.items()):
+        ax.scatter(*at.T.tolist(), s=4, color=COLOURS[0], alpha=0.4, linewidths=0)
+        ax.set_title(name, fontsize=LABEL)
+        ax.set_aspect("equal")
+        _dress(ax, "", "")
+    if limit is not None:
+        panels[0].set_xlim(-limit, limit)
+        panels[0].set_ylim(-limit, limit)
     figure.suptitle(title, fontsize=TITLE)
     figure.labkit_alt = alt
     return figure

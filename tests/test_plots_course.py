@@ -28,11 +28,13 @@ def make(kind):
         return plots_course.curves(lines, "t", "error", "Title", "eight rising lines", ("log", "log"), marks=True, level=(2, "here"))
     if kind == "maps":
         return plots_course.maps([torch.eye(4), 3 * torch.eye(4)], ["one", "three"], "share", "Title", "two diagonal lines", signed=True)
+    if kind == "clouds":
+        return plots_course.clouds({"a": torch.rand(9, 2), "b": 9 * torch.rand(9, 2)}, "Title", "two clouds of points", limit=2)
     at = torch.rand(9, 2)
     return plots_course.arrows({"here": (at, at), "there": (at, -2 * at)}, torch.rand(20, 2), "Title", "two fields of arrows", ("x", "y"))
 
 
-KINDS = ("strips", "curves", "maps", "arrows")
+KINDS = ("strips", "curves", "maps", "arrows", "clouds")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,6 +79,11 @@ def test_arrows_of_all_panels_have_one_scale():
     assert quivers[0].scale == quivers[1].scale and (quivers[1].U.round(5) == (-2 * quivers[0].U).round(5)).all()
 
 
+def test_clouds_share_their_axes():
+    axes = drawn(make("clouds")).axes
+    assert {ax.get_xlim() for ax in axes} == {(-2, 2)} and [len(ax.collections[0].get_offsets()) for ax in axes] == [9, 9]
+
+
 @pytest.mark.parametrize("wrong", [
     lambda: plots_course.strips({"a": [photo()]}, ["x", "y"], "T", "a b c"),
     lambda: plots_course.strips({}, ["x"], "T", "a b c"),
@@ -85,6 +92,7 @@ def test_arrows_of_all_panels_have_one_scale():
     lambda: plots_course.maps([torch.eye(2)], ["a", "b"], "s", "T", "a b c"),
     lambda: plots_course.maps([torch.ones(2)], ["a"], "s", "T", "a b c"),
     lambda: plots_course.arrows({"a": (torch.ones(3, 2), torch.ones(4, 2))}, torch.ones(2, 2), "T", "a b c"),
+    lambda: plots_course.clouds({"a": torch.ones(3)}, "T", "a b c"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(wrong):
     with pytest.raises(LabkitError) as caught:
