@@ -56,8 +56,8 @@ NAMES = {
     "Inversion": "labkit.editing.inversion",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
-    *("recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
+    *("checkpoint", "checks", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "mixture", "models", "packing", "plots"),
+    *("probes", "recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 

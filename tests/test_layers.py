@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "tap", "device"},
     {"schedule"},
-    {"models"},
+    {"models", "mixture"},
     {"checkpoint", "convert", "samplers", "strips", "winograd"},
     {"guidance", "recipe", "generation"},
     {"diffusion"},

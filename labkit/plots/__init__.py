@@ -3,6 +3,7 @@
     words.py         word_heatmaps(image, heatmaps)         where each word had the attention
     trajectories.py  trajectory(x_t, x0, t)                 what the network was given at a step, and what it took the picture to be
     guidance.py      guidance_sweep(images, scales, seeds)  the same prompt under several guidance scales
+    course.py        strips, curves, maps, arrows, clouds   pictures in rows, lines, numbers over places, vectors and points in a plane
     edits.py         edit_panels(edit), edit_frontier(...)  source, edit, difference and maps; what the schedules of edits buy
 
     canvas.py        what they are made of: sizes of type, a grid of axes, pictures without frames, maps of colour over grey
@@ -15,6 +16,7 @@ perceptually uniform, panels that are compared share their limits, and every fig
 """
 
 from labkit.plots.canvas import DPI, LABEL, LARGEST, MAP, SMALL, TINT, TITLE, WIDTH, grid, over_grey, picture, plain, tinted
+from labkit.plots.course import arrows, clouds, curves, maps, strips
 from labkit.plots.edits import edit_frontier, edit_panels
 from labkit.plots.files import described, png, save, show, write
 from labkit.plots.guidance import guidance_sweep
@@ -23,6 +25,7 @@ from labkit.plots.words import place, word_heatmaps
 
 __all__ = [
     *("word_heatmaps", "trajectory", "guidance_sweep", "edit_panels", "edit_frontier"),
+    *("strips", "curves", "maps", "arrows", "clouds"),
     *("show", "save", "png", "write", "described"),
     *("grid", "picture", "over_grey", "tinted", "plain", "place"),
     *("DPI", "LABEL", "LARGEST", "MAP", "SMALL", "TINT", "TITLE", "WIDTH"),
