@@ -61,6 +61,14 @@ def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = Non
     return known
 
 
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself; a processor that emulates it takes many times as long as in float32."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+    return device.type != "cuda" or _half(device) is torch.bfloat16
+
+
 def keep_freed_memory() -> None:
     """Tell glibc, where it is the allocator, to keep big blocks for the next layer: returned to the kernel, they are faulted in again.
 
