@@ -37,6 +37,8 @@ SIDE = {
 }
 # Where the main line may look into a side room.
 DOORS = {("__main__", "training"), ("__main__", "scenes"), ("__init__", "scenes")}
+# A door up: what is measured can draw itself (`heatmap.plot()`), by functions of plots that take data and know nothing of the rest.
+DOORS |= {("probes", "plots")}
 
 # Packages that cost seconds to import, and oracles that labkit is compared with: never at module level, or never.
 LAZY = {"matplotlib", "transformers", "ipywidgets", "IPython", "anywidget", "huggingface_hub"}

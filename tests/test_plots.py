@@ -1,5 +1,6 @@
 """plots: figures that can be read, compared and heard, made without global state, saved complete or not at all."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -146,7 +147,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(plots.os, "replace", full)
+        m.setattr(os, "replace", full)
         with pytest.raises(LabkitError, match="figure.png: cannot be written .No space left"):
             plots.save(figure, path)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["figure.png"]
