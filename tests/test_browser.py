@@ -312,10 +312,10 @@ def test_sliders_change_the_map_and_playing_changes_the_picture(explorer):
     page, trace = explorer
     plain = drawn(page)
     slider(page, "layer").fill("1")
-    means = trace.attention(layer=trace.layers()[0]).values.mean((0, 1, 2))
-    assert abs(said(page)[1] - float(means[2])) < 0.006, "the first layer's share of the first word but one"
+    means = trace.attention("red", trace.layers()[0])  # axes head, y, x
+    assert abs(said(page)[1] - float(means.values.mean())) < 0.006, "the first layer's share of the word “red”"
     slider(page, "head").fill("2")
-    assert abs(said(page)[1] - float(trace.attention(layer=trace.layers()[0], head=1).values.mean((0, 1))[2])) < 0.006
+    assert abs(said(page)[1] - float(means.at(head=1).values.mean())) < 0.006
     assert drawn(page) == plain
     slider(page, "picture at").fill("1")
     assert drawn(page) != plain, "the first step looks like the last"

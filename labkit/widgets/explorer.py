@@ -6,15 +6,13 @@ Tang et al. 2023 ("What the DAAM") look at the columns of A, one word over all p
 much of it, and both fit under one pointer.
 """
 
-import torch
 from PIL import Image
 
 from labkit import plots
 from labkit.errors import LabkitError
-from labkit.generation import Generation, to_pil
+from labkit.generation import Generation
 from labkit.probes.trace import Run, Trace
-from labkit.samplers import Step
-from labkit.widgets.maps import Grid, grid
+from labkit.widgets.maps import Grid, grid, kept_apart
 from labkit.widgets.view import Axis, Panel, View
 
 MOST_STEPS = 20  # pictures of a trajectory: decoding them is what takes the time
@@ -23,45 +21,40 @@ MOST_STEPS = 20  # pictures of a trajectory: decoding them is what takes the tim
 def explore(trace: Trace | Run, picture: Generation | Image.Image | None = None, image: int = 0, branch: str = "cond", layers: str = "*") -> View:
     """Explore the attention of a recorded picture: a live widget in a notebook, with `to_html()` and `to_png()` for everywhere else.
 
-    `trace` is that of `labkit.record(lab, latents=True)`; without latents give the `picture`, the Generation or the PIL image, and the
-    explorer has no trajectory to play. `image` is which picture of a batch; `branch` "uncond" speaks of the negative prompt's words;
-    `layers` is a shell pattern. Raises LabkitError if there is no picture, and whatever `trace.heatmap` raises.
+    `record(lab, latents=True)` gives it a trajectory to play, `keep="steps"` the maps of each step, `keep="raw"` of each step and head.
+    `picture`: what is shown in place of the picture as the trace has it, needed where that was loaded without its model. `image` is which
+    picture of a batch; `branch` "uncond" speaks of the negative prompt's words; `layers` is a layer's name or a shell pattern. Raises
+    LabkitError if there is no picture, and whatever `trace.heatmap` raises.
     """
     run = getattr(trace, "run", trace)
     heatmaps = run.heatmaps(image, branch, layers)  # raises where any of it was not recorded
-    steps = list(run.steps)
-    lab = getattr(trace, "lab", None)
-    pictures, chosen = [finished(picture, image)] if picture is not None else [], []
-    if steps and lab is not None:
-        chosen = spread(steps)
-        x0 = torch.cat([step.x0[image : image + 1] for step in chosen])  # (n, 4, h, w)
-        way = to_pil(lab.decode(x0))
-        pictures = [pictures[0] if pictures else way[-1], *way]
-    if not pictures:
-        raise LabkitError("The trace holds no picture: record(lab, latents=True), or give it, explore(trace, picture=generation).")
-    shown = grid(run, image, branch, layers, tuple(step.i for step in chosen))
+    pictures = [run.picture(image) if picture is None else finished(picture, image)]
+    t = {step.i: step.t for step in run.steps} if run.decode else {}
+    steps = spread(tuple(t) or kept_apart(run, run.layers(layers)[0], image, branch))
+    shown = grid(run, image, branch, layers, steps if set(steps) <= set(kept_apart(run, run.layers(layers)[0], image, branch)) else ())
+    if t:
+        pictures += [run.decode(step.x0[image : image + 1]) for step in run.steps if step.i in steps]
     prompt = run.prompts[branch][image]
     alt = f"The picture of “{prompt}”. Point at it, or use the arrow keys, to read which words a place listens to."
-    axes, keep = axes_of(shown, [(step.i, step.t) for step in chosen], len(steps))
+    axes, keep = axes_of(shown, [f"step {i + 1} of {run.recipe['steps']}" + (f", t = {t[i]:g}" if t else "") for i in steps], bool(t))
     maps = {tuple(position for position, kept in zip(key, keep) if kept): m for key, m in shown.maps.items()}
     figure = plots.word_heatmaps(pictures[0], heatmaps, f"“{plots.plain(prompt)}”: where each word had the attention")
     text = f"[An explorer of the attention of “{prompt}”: run this cell in JupyterLab to move in it. The maps of its words are below.]"
     return View(f"“{prompt}”", (Panel(pictures, alt, shown.words, maps),), axes, figure, text)
 
 
-def spread(steps: list[Step]) -> list[Step]:
+def spread(steps: tuple[int, ...]) -> tuple[int, ...]:
     """At most MOST_STEPS of them, evenly spread, the first and the last among them."""
     n = min(len(steps), MOST_STEPS)
-    return [steps[round(k * (len(steps) - 1) / max(n - 1, 1))] for k in range(n)]
+    return tuple(steps[round(k * (len(steps) - 1) / max(n - 1, 1))] for k in range(n))
 
 
-def axes_of(shown: Grid, steps: list[tuple[int, float]], of: int) -> tuple[tuple[Axis, ...], tuple[bool, bool, bool]]:
+def axes_of(shown: Grid, steps: list[str], trajectory: bool) -> tuple[tuple[Axis, ...], tuple[bool, bool, bool]]:
     """The sliders, those that have something to choose; and which of step, layer and head maps differ along."""
-    axes, by_step = [], any(key[0] for key in shown.maps)
-    if steps:
-        values = ("all steps" if by_step else "the end", *(f"step {i + 1} of {of}, t = {t:g}" for i, t in steps))
-        axes.append(Axis("step" if by_step else "picture at", values, maps=by_step, pictures=True, first=1))
-    by_layer, by_head = len(shown.layers) > 1, shown.heads > 1 and any(key[2] for key in shown.maps)
+    axes, by_step, by_layer, by_head = [], bool(shown.steps), len(shown.layers) > 1, any(key[2] for key in shown.maps) and shown.heads > 1
+    if by_step or (trajectory and steps):
+        values = ("all steps" if by_step else "the end", *steps)
+        axes.append(Axis("step" if by_step else "picture at", values, maps=by_step, pictures=trajectory, first=1))
     if by_layer:
         axes.append(Axis("layer", ("all layers", *map(short, shown.layers)), maps=True))
     if by_head:

@@ -3,7 +3,7 @@
     share[word, y, x] = sum over the word's tokens of A[head, y, x, token],      A averaged over what the slider calls "all"
 
 Every place's shares add up to 1: beside the words there are the start token and, as one more word, the end, the padding and the
-punctuation. `shares` is the only function here that asks the trace for anything.
+punctuation. `shares` is the only function here that asks a trace for attention.
 """
 
 from dataclasses import dataclass
@@ -37,19 +37,27 @@ class Grid:
 
 
 def grid(run: Run, image: int = 0, branch: str = "cond", pattern: str = "*", steps: tuple[int, ...] = ()) -> Grid:
-    """The maps of one picture of a run: of every step of `steps`, layer and head, and of all combinations for which there is room."""
+    """The maps of one picture of a run: of `steps` (those that were kept apart), layers and heads, and of all combinations for which there is room."""
     named, spans = spoken(run, image, branch)
     layers = run.layers(pattern)
-    whole = [shares(run, layer, spans, image, branch) for layer in layers]  # (head, word, y, x) each
-    steps = steps if run.plan.keep.steps else ()
-    side, families, left_out = room(whole, len(steps))
+    sizes = [(*run.attention(0, layer, image=image, branch=branch).shape.values(),) for layer in layers]
+    sizes = [(size[0] if len(size) == 3 else 1, len(spans), *size[-2:]) for size in sizes]  # (head, word, y, x) each
+    side, families, left_out = room(sizes, len(steps))
+    whole = [pooled(shares(run, layer, spans, image, branch), side) for layer in layers]
     maps: dict[tuple[int, int, int], Tensor] = {}
-    for s in range(len(steps) + 1):
-        if s and not any("step" in family for family in families):
-            break
-        of_layer = whole if s == 0 else [shares(run, layer, spans, image, branch, steps[s - 1]) for layer in layers]
-        add(maps, s, [pooled(m, side) for m in of_layer], families)
-    return Grid(named, maps, steps, layers, max(len(m) for m in whole), left_out)
+    add(maps, 0, whole, families)
+    if steps and {"step"} in families:
+        apart = [[pooled(m, side) for m in shares(run, layer, spans, image, branch, steps)] for layer in layers]
+        for s, of_layer in enumerate(zip(*apart), 1):
+            add(maps, s, list(of_layer), families)
+    return Grid(named, maps, steps if any(key[0] for key in maps) else (), layers, max(size[0] for size in sizes), left_out)
+
+
+def kept_apart(run: Run, layer: str, image: int, branch: str) -> tuple[int, ...]:
+    """The steps that this run can tell apart: none where they were added up."""
+    if run.plan is None or not run.plan.keep.steps:
+        return ()
+    return run.attention(0, layer, step=slice(None), image=image, branch=branch).labels["step"]
 
 
 def spoken(run: Run, image: int, branch: str) -> tuple[tuple[Word, ...], list[list[int]]]:
@@ -67,27 +75,36 @@ def spoken(run: Run, image: int, branch: str) -> tuple[tuple[Word, ...], list[li
     return tuple(named), spans
 
 
-def shares(run: Run, layer: str, spans: list[list[int]], image: int, branch: str, step: int | None = None) -> Tensor:
-    """One layer's attention by word, (head, word, y, x): the mean over all steps, or that of one step; one head where they were averaged."""
-    maps = [run.attention(tokens, layer=layer, step=step, image=image, branch=branch) for tokens in spans]  # (head, y, x) or (y, x)
-    return torch.stack([m.values if "head" in m.axes else m.values[None] for m in maps], dim=1)  # (head, word, y, x)
+def shares(run: Run, layer: str, spans: list[list[int]], image: int, branch: str, steps: tuple[int, ...] | None = None) -> Tensor:
+    """One layer's attention by word, (head, word, y, x), the mean over all steps; or (step, head, word, y, x) of some of them."""
+    found = [run.attention(tokens, layer, step=None if steps is None else slice(None), image=image, branch=branch) for tokens in spans]
+    values = [one.values if "head" in one.axes else one.values.unsqueeze(-3) for one in found]  # ([step], head, y, x)
+    if steps is not None:
+        values = [one[[found[0].labels["step"].index(step) for step in steps]] for one in values]
+    return torch.stack(values, dim=-3)
+
+
+def fit(y: int, x: int, side: int) -> tuple[int, int]:
+    """Places (height, width) of a map when no side is to be longer than `side`."""
+    by = -(-max(y, x) // side)
+    return max(1, y // by), max(1, x // by)
 
 
 def pooled(m: Tensor, side: int) -> Tensor:
-    """Maps (head, word, y, x) with no side longer than `side`: means over equal areas."""
-    by = -(-max(m.shape[-2:]) // side)
-    return m if by == 1 else F.adaptive_avg_pool2d(m, [max(1, n // by) for n in m.shape[-2:]])
+    """Maps (..., word, y, x) with no side longer than `side`: means over equal areas."""
+    size = fit(*m.shape[-2:], side)
+    return m if size == m.shape[-2:] else F.adaptive_avg_pool2d(m, size) if m.ndim < 5 else torch.stack([pooled(one, side) for one in m])
 
 
-def room(whole: list[Tensor], steps: int) -> tuple[int, list[set[str]], tuple[str, ...]]:
-    """The side of the maps, the families of combinations that fit at it, and those that do not."""
+def room(whole: list[tuple[int, ...]], steps: int) -> tuple[int, list[set[str]], tuple[str, ...]]:
+    """For layers of maps (head, word, y, x): the side of the maps, the families of combinations that fit at it, and those that do not."""
     wanted = [set(), {"layer"}, {"step"}, {"head"}, {"layer", "head"}, {"step", "layer"}, {"step", "head"}, {"step", "layer", "head"}]
     wanted = [family for family in wanted if steps or "step" not in family]
     for side in SIDES:
         left, families = MAP_BYTES, []
-        sizes = [pooled(m[:1], side).shape[1:] for m in whole]
+        sizes = [(words, *fit(y, x, side)) for _, words, y, x in whole]
         for family in wanted:
-            if (bytes_ := cost(family, sizes, [len(m) for m in whole], steps)) <= left:
+            if (bytes_ := cost(family, sizes, [heads for heads, *_ in whole], steps)) <= left:
                 left -= bytes_
                 families.append(family)
         if all(family in families for family in wanted[:3]):  # all maps, of layers, of steps
@@ -97,7 +114,7 @@ def room(whole: list[Tensor], steps: int) -> tuple[int, list[set[str]], tuple[st
     return side, families, tuple(" by ".join(sorted(family)) for family in wanted if family not in families)
 
 
-def cost(family: set[str], sizes: list[torch.Size], heads: list[int], steps: int) -> int:
+def cost(family: set[str], sizes: list[tuple[int, ...]], heads: list[int], steps: int) -> int:
     """Bytes of a family's maps."""
     each = [words * (8 + h * w) for words, h, w in sizes]
     by_layer = sum(n * (k if "head" in family else 1) for n, k in zip(each, heads)) if "layer" in family else max(each) * (max(heads) if "head" in family else 1)

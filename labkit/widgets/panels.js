@@ -17,6 +17,8 @@ function make(tag, properties = {}, ...children) {
   const { attributes = {}, ...rest } = properties;
   const node = Object.assign(document.createElement(tag), rest);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  // JupyterLab takes the keys of what has the focus for its commands, unless that very element says otherwise
+  if (["button", "input", "canvas"].includes(tag)) node.dataset.lmSuppressShortcuts = "true";
   node.append(...children);
   return node;
 }
@@ -263,7 +265,7 @@ function render({ model, el }) {
   if (playing >= 0) sliders[playing].play.addEventListener("click", play);
   const speaks = state.panels.some((spec) => spec.words.length);
   if (speaks) controls.append(scaleButton);
-  const root = make("div", { className: "labkit-view", attributes: { "data-lm-suppress-shortcuts": "true", role: "group", "aria-label": state.title } });
+  const root = make("div", { className: "labkit-view", attributes: { role: "group", "aria-label": state.title } });
   const overGrey = state.colours.filter((_, i) => i % 15 === 0).map((c) => c.map((v) => 127.5 * (1 - state.tint) + state.tint * v)); // as it looks on a picture
   root.style.setProperty("--bar", `linear-gradient(to right, ${overGrey.map((c) => `rgb(${c})`).join(", ")})`);
   const below = speaks ? [controls, readout] : [controls];
