@@ -55,6 +55,7 @@ class Course:
 
     z: Tensor                                                     # (B, 4, h, w), standard normal; x_T is made of it
     told: Callable[[Tensor], Tensor] = lambda x_t: x_t            # x_t of all rows -> the U-Net's input
+    said: Callable[[Tensor | Condition], Tensor | Condition] = lambda c: c  # the condition of all rows -> what the U-Net reads
     after: Callable[[Step], Tensor | None] = lambda step: None    # the latent to go on from, (B, 4, h, w); None: step.x
 
 
@@ -139,7 +140,7 @@ class LatentDiffusion:
             self.layout = Layout(denoise.branches, B, done, t, recipe.steps, size, *texts)
             try:
                 with torch.no_grad():
-                    return self.unet(run.told(x_t).to(self.dtype), t, c).to(x_t.dtype)
+                    return self.unet(run.told(x_t).to(self.dtype), t, run.said(c)).to(x_t.dtype)
             finally:
                 self.layout = None
 
