@@ -130,7 +130,7 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **asked)
         f, c_z = self.vae.config.factor, self.vae.config.latent_channels
         size = (recipe.height // f, recipe.width // f)
-        c, uncond = self._conditions(recipe)  # (B, L, D)
+        c, uncond = self.conditions(recipe)  # (B, L, D)
         noise = Noise(recipe.seed, (c_z, *size))
         run = Course(noise.draw()) if course is None else course(noise)
         B, done = len(noise.seeds), 0
@@ -210,7 +210,7 @@ class LatentDiffusion:
         sizes = usual if sizes is None else check_sizes(sizes, usual)
         return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
 
-    def _conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
+    def conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
         """What the pictures of a recipe are told in the branches "cond" and "uncond"."""
         usual = usual_sizes(self._sizes_told, recipe.height, recipe.width)
         asked = recipe.sizes

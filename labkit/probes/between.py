@@ -13,7 +13,7 @@ from torch import Tensor
 from labkit.device import Noise
 from labkit.diffusion import Course, LatentDiffusion
 from labkit.errors import LabkitError
-from labkit.probes.courses import by_row, drawn, telling
+from labkit.probes.courses import by_row, condition, drawn, telling
 
 
 def slerp(a: Tensor, b: Tensor, f: float) -> Tensor:
@@ -43,7 +43,7 @@ def between_prompts(lab: LatentDiffusion, prompts: tuple[str, str], seed: int = 
     shares = _shares(n)
     if isinstance(prompts, str) or len(prompts) != 2:
         raise LabkitError(f"prompts is {prompts!r}: give the two prompts to go between.")
-    a, b = (lab.encode_text(prompt, options.get("sizes")) for prompt in prompts)
+    a, b = (condition(lab, prompt, **options) for prompt in prompts)
     c = by_row(lambda x, y: torch.cat([torch.lerp(x, y, f) for f in shares]), a, b)
     return drawn(lab, [prompts[0]] * n, telling(lab, lambda i: c), seed=[seed] * n, **options)
 

@@ -21,6 +21,11 @@ from labkit.recipe import complete
 Text = Tensor | Condition
 
 
+def condition(lab: LatentDiffusion, prompt: str, **options) -> Text:
+    """What a run with these options is told of a prompt, one row: (1, L, D), for SDXL with the sizes of its picture. Raises LabkitError."""
+    return lab.conditions(complete(lab, prompt, **options))[0]
+
+
 def telling(lab: LatentDiffusion, c_at: Callable[[int], Text], z: Tensor | None = None) -> Callable[[Noise], Course]:
     """A course in which the branch "cond" is told `c_at(i)`, (B, L, D) or SDXL's Condition, at step i; it starts from z (B, 4, h, w) or from its noise."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
-from labkit.probes.courses import by_row, drawn, seeds_of, telling
+from labkit.probes.courses import by_row, condition, drawn, seeds_of, telling
 from labkit.recipe import complete
 
 
@@ -49,7 +49,7 @@ def switch_prompt(
     at = sorted({0, steps, *(range(steps + 1) if at is None else at)})
     if wrong := [k for k in at if type(k) is not int or not 0 <= k <= steps]:
         raise LabkitError(f"There is no step {wrong[0]!r} to exchange the prompt at; there are 0 (the second prompt alone) to {steps} (the first alone).")
-    a, b = (lab.encode_text(prompt, options.get("sizes")) for prompt in (first, second))
+    a, b = (condition(lab, prompt, **options) for prompt in (first, second))
     images, shares = [], []
     for seed in seeds:
         told = lambda i: by_row(lambda x, y: torch.cat([x if i < k else y for k in at]), a, b)  # noqa: E731

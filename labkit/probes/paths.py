@@ -2,8 +2,8 @@
 
     X = [x_T, x_{T-1}, ..., x_0] of all seeds, centred;    X = U S V^T;    coordinates X V_k,    share_k = S_k^2 / sum S^2
 
-The first principal direction is mostly the one from noise to pictures of this prompt; what is left over tells the seeds apart. Signs are
-chosen so that each direction's largest entry is positive: the same paths give the same figure.
+A plane shows little of a space of a thousand dimensions: the shares of the variance say how little. Signs are chosen so that each
+direction's largest entry is positive: the same paths give the same figure.
 """
 
 from collections.abc import Sequence

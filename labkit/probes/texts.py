@@ -16,7 +16,7 @@ from torch import Tensor
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.models.condition import Condition
-from labkit.probes.courses import by_row, drawn, telling
+from labkit.probes.courses import by_row, condition, drawn, telling
 from labkit.probes.named import Named
 from labkit.recipe import check_text
 
@@ -43,7 +43,7 @@ def lens(lab: LatentDiffusion, prompt: str, layers: Sequence[int] | None = None,
     The final LayerNorm is applied to all, where the model has one in its place (SD 1, SD 2). SDXL's encoders are of different depth: layer
     l is the same share of both, and the pooled text stays what it is. `options` as in `lab.generate`. Raises LabkitError.
     """
-    usual = lab.encode_text(prompt, options.get("sizes"))
+    usual = condition(lab, prompt, **options)
     told = isinstance(usual, Condition)
     depth = len(lab.texts[0][0].encoder.layers) - told  # SDXL reads the last but one
     layers = list(range(depth + 1) if layers is None else layers)
