@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
     it = command("train", train, "Train one part of the tabletop model, all of it, or the judge of its pictures, going on where a run stopped.")
     it.add_argument("stage", choices=("clip", "vae", "diffusion", "verifier", "all"))
-    it.add_argument("--preset", default="tabletop", help="tabletop, or smoke to see the machinery work in minutes")
+    it.add_argument("--preset", default="tabletop", help="tabletop; further, to train the shipped model on; or smoke, to see the machinery work in minutes")
     it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
 
