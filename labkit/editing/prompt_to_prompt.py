@@ -34,12 +34,15 @@ from labkit.samplers import Step
 from labkit.tap import listen
 
 
+CROSS, SELF = 0.4, 0.5  # measured (labkit.measure.edits): more of cross-attention costs edits, less of either costs the rest of the picture
+
+
 def edit(
     lab: LatentDiffusion,
     source: str | Inversion,
     target: str | Sequence[str] | None = None,
-    cross: Window | Mapping[str, Window] | list = 0.8,
-    self_attention: Window | list = 0.4,
+    cross: Window | Mapping[str, Window] | list = CROSS,
+    self_attention: Window | list = SELF,
     reweight: Mapping[str, float] | list | None = None,
     blend: str | tuple[str, ...] | Blend | list | None = None,
     method: str = "replace",
@@ -170,15 +173,13 @@ class Run:
         if (found := self.rows(probs)) is None:
             return None
         rows, cond = found
-        i, here = self.lab.layout.i, rows[cond].clone()  # (S, 1 + K, heads, N, L)
+        out, i = rows.clone(), self.lab.layout.i
         for k, c in enumerate(self.controls, start=1):
-            here[:, k] = self.edited(rows[cond, :, 0], rows[cond, :, k], c, i)
+            out[cond, :, k] = self.edited(rows[cond, :, 0], rows[cond, :, k], c, i)
         if name in self.words:
-            used = here.float().mean(2)  # (S, 1 + K, N, L)
+            used = out[cond].float().mean(2)  # (S, 1 + K, N, L)
             self.maps = used if self.maps is None else self.maps + used
             self.calls += 1
-        out = rows.clone()
-        out[cond] = here
         return rearrange(out, "b s k head n l -> (b s k) head n l")
 
     def edited(self, source: Tensor, target: Tensor, c: Control, i: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from labkit.diffusion import LatentDiffusion
 from labkit.editing.blend import Blend
 from labkit.editing.inversion import invert
-from labkit.editing.prompt_to_prompt import edit
+from labkit.editing.prompt_to_prompt import CROSS, SELF, edit
 from labkit.errors import LabkitError
 from labkit.measure.edit_cases import KINDS, MARGIN, Case, cases, regions, verified
 from labkit.scenes import verify
@@ -39,8 +39,8 @@ LEAST = 0.05  # share of the picture that must lie outside for its PSNR to be co
 class Setting:
     """How an edit is made: `edit`'s cross, self_attention and blend threshold (None: no blend)."""
 
-    cross: float = 0.8
-    self_attention: float = 0.4
+    cross: float = CROSS
+    self_attention: float = SELF
     blend: float | None = None
 
     @property
@@ -77,7 +77,7 @@ def measure(lab: LatentDiffusion, plan: Plan, folder: str | Path, read: Callable
         raise LabkitError(f"{folder} has the rows of another plan; name another folder, or delete it.")
     write(folder / "plan.json", said)
     rows = []
-    todo = [(protocol, group) for protocol in plan.protocols for group in cases(plan.scenes, kinds=plan.kinds)]
+    todo = [(protocol, group) for group in cases(plan.scenes, kinds=plan.kinds) for protocol in plan.protocols]
     for protocol, group in tqdm(todo, desc="edits", disable=not progress):
         path = folder / f"{protocol}-{group[0].seed}.json"
         if not path.exists():
