@@ -201,13 +201,13 @@ class Run:
         return rearrange(out, "b s k head n l -> (b s k) head n l")
 
     def after(self, step: Step) -> Tensor | None:
-        """Where the step goes on from: the source on its path, where it was inverted directly; its latents outside of the masks."""
-        direct = self.inversion is not None and self.inversion.kind == "direct"
+        """Where the step goes on from: the source on its path, where it is pinned to one; its latents outside of the masks."""
+        pinned = self.inversion is not None and self.inversion.pinned
         blends = {k: one for k, one in enumerate(self.blends) if one and self.maps is not None and step.i >= int(one[0].start * self.recipe.steps)}
-        if not (blends or direct):
+        if not (blends or pinned):
             return None
         latents = rearrange(step.x, "(s k) c h w -> k s c h w", s=self.S).clone()
-        if direct:
+        if pinned:
             latents[0] = self.inversion.path[self.recipe.steps - 1 - step.i].to(latents)
         if blends and self.masks is None:
             self.masks = torch.ones(self.K, self.S, *self.size, device=latents.device)
