@@ -158,8 +158,17 @@ def test_summary_table_and_frontier():
     points = edits_report.frontier(rows)
     assert [(p["cross"], p["kept"], p.get("name")) for p in points] == [(default.cross, 26.0, None), (0.0, 12.0, "no editing")]
     text = edits_report.table({"model": "tabletop", "plan": asdict(Plan()), "table": found})
-    assert "all: no editing" in text and "MISSED  inverted: success 66.7%, target 90%" in text and "MISSED  inverted: outside 26.0 dB, target 30 dB" in text
+    assert "all: no editing" in text and "MISSED  inverted: success 66.7% (95 % in 20.8% to 93.8%), target 90.0%" in text
+    assert "MISSED  inverted: outside 26.0 dB (95 % in 26.0 dB to 26.0 dB), target 30.0 dB" in text  # one scene: nothing to draw again
     assert "met     inverted: success 100.0%" in edits_report.table({"model": "m", "plan": asdict(Plan()), "table": edits_report.summary(rows[:2])})
+
+
+def test_the_interval_draws_scenes_not_edits():
+    pairs = [row("colour", Setting(), True, seed=seed, outside=20.0 + seed % 2 * 10) for seed in range(40) for _ in range(5)]
+    low, high = edits_report.interval(pairs, "outside")
+    half = 1.96 * 5 / 40**0.5  # of 40 scenes; of 200 independent edits it would be less than half of that
+    assert low == pytest.approx(25 - half, abs=0.3) and high == pytest.approx(25 + half, abs=0.3)
+    assert edits_report.interval([row("light", Setting(), True, outside=None)], "outside") is None
 
 
 def test_the_command(lab, tmp_path, monkeypatch, capsys):
