@@ -117,6 +117,7 @@ def test_it_prints_as_a_table():
         "<|endoftext|>     <|endoftext|>",
         "padding (4)       padding (6)",
     ]
+    assert ("é", "1/2 of cat") in align(TOKENIZER, "a cat", "a é").rows()  # two bytes, one character
     refined = align(TOKENIZER, "a cat", "a red cat", "refine")
     assert ("red", "keeps its own map") in refined.rows() and "<td>red</td><td>keeps its own map</td>" in refined._repr_html_()
     assert ("cat", "z + y + x") in align(TOKENIZER, LONG, SHORT).rows()

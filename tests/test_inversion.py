@@ -11,6 +11,7 @@ from families import write
 import labkit
 import tiny
 from labkit.checkpoint import load_pipeline
+from labkit.device import Noise
 from labkit.diffusion import Course, LatentDiffusion
 from labkit.editing import inversion as room
 from labkit.editing.inversion import invert
@@ -118,6 +119,25 @@ def test_direct_keeps_the_source_on_its_path_and_leaves_the_target_alone(family,
     assert apart(latents[1], drawn) < 1e-5
     plain = redrawn(lab, ours(lab, "ddim"), OTHER)
     assert apart(plain[0], found.path[0]) > 1e-3 and apart(plain[1], latents[1]) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_noise_is_the_forward_process_with_one_noise(family, labs, monkeypatch):
+    lab = labs[family]
+    with monkeypatch.context() as m:
+        m.setattr(lab.unet, "forward", lambda *_: 1 / 0)  # no network call
+        found = ours(lab, "noise", seed=[3, 4])
+    z0, z = lab.encode_image(PICTURES), Noise([3, 4], (4, 8, 8)).draw()
+    assert torch.equal(found.path[0], z0) and torch.equal(found.z, z)
+    for k, t in enumerate(lab.schedule.timesteps(T).tolist()[::-1][:-1], start=1):
+        a = lab.schedule.alpha_bar_at(t)
+        torch.testing.assert_close(found.path[k], a**0.5 * z0 + (1 - a) ** 0.5 * z)
+    latents = redrawn(lab, found, OTHER)
+    assert torch.equal(latents[0], z0)
+    plain = lab.generate(OTHER, seed=[3, 4], steps=T, guidance=w, height=16, width=16, sampler="ddim", progress=False)
+    assert apart(latents[1], plain.latents) < 1e-5  # without editing nothing of the picture comes over
+    edited = edit(lab, found, OTHER, cross=1.0, self_attention=1.0, progress=False).latents
+    assert apart(edited[1], latents[1]) > 1e-3
 
 
 def test_negative_prompt_goes_down_as_it_came_up(labs):

@@ -104,8 +104,8 @@ def test_rows_by_both_protocols_and_a_stopped_run_goes_on(lab, tmp_path, monkeyp
         return [SimpleNamespace(objects=[SimpleNamespace(shape=None, colour=None, material=None, mask=mask)], light=None) for _ in pictures]
 
     rows = measure(lab, PLAN, tmp_path, read, progress=False)
-    assert [(r["protocol"], r["kind"], r["cross"]) for r in rows] == [(p, k, c) for p in ("teacher", "free") for k in ("colour", "light") for c in (0.8, 0.0)]
-    teacher, free = rows[:4], rows[4:]
+    assert [(r["protocol"], r["kind"], r["cross"]) for r in rows] == [(p, k, c) for p in ("inverted", "noised", "free") for k in ("colour", "light") for c in (0.8, 0.0)]
+    teacher, noised, free = rows[:4], rows[4:8], rows[8:]
     case = cases(1, kinds=("colour",))[0][0]
     assert all(r["success"] for r in rows) and all(r["outside"] is None for r in rows if r["kind"] == "light")
     truth = render([case.scene, case.changed]).image
@@ -117,6 +117,8 @@ def test_rows_by_both_protocols_and_a_stopped_run_goes_on(lab, tmp_path, monkeyp
     torch.testing.assert_close(edited[0], rebuilt[0], atol=1e-3, rtol=0)  # inverted directly, the source is its reconstruction
     assert teacher[0]["outside"] == psnr(edited[1], edited[0], outside) and teacher[0]["inside"] == psnr(edited[1], truth[1], inside)
     drawn = lab.decode(lab.generate([case.source, case.target], seed=case.seed, steps=2, progress=False).latents).cpu()
+    assert noised[1]["inside"] == pytest.approx(psnr(drawn[1], truth[1], inside), abs=0.05)  # no editing: what the noise alone would draw
+    assert noised[0]["nothing"] == teacher[0]["nothing"] and noised[0]["outside"] > noised[1]["outside"]
     assert free[1]["frame"] == pytest.approx(psnr(drawn[1], drawn[0]), abs=0.05)  # no editing: the target drawn from the same noise
     far = torch.ones(128, 128, dtype=torch.bool)
     far[32:68, 32:68] = False  # eight pixels about what the reader saw
@@ -142,7 +144,7 @@ def test_the_readers_answers(monkeypatch):
 
 def row(kind, setting, success, **more):
     figures = {"outside": 20.0, "inside": 15.0, "nothing": 10.0, "best": 30.0, "frame": 25.0, "best success": True}
-    return {"protocol": "teacher", "seed": 1, "kind": kind, **asdict(setting), "success": success, **figures, **more}
+    return {"protocol": "inverted", "seed": 1, "kind": kind, **asdict(setting), "success": success, **figures, **more}
 
 
 def test_summary_table_and_frontier():
@@ -156,16 +158,25 @@ def test_summary_table_and_frontier():
     points = edits_report.frontier(rows)
     assert [(p["cross"], p["kept"], p.get("name")) for p in points] == [(default.cross, 26.0, None), (0.0, 12.0, "no editing")]
     text = edits_report.table({"model": "tabletop", "plan": asdict(Plan()), "table": found})
-    assert "all: no editing" in text and "MISSED  teacher: success 66.7%, target 90%" in text and "MISSED  teacher: outside 26.0 dB, target 30 dB" in text
-    assert "met     teacher: success 100.0%" in edits_report.table({"model": "m", "plan": asdict(Plan()), "table": edits_report.summary(rows[:2])})
+    assert "all: no editing" in text and "MISSED  inverted: success 66.7% (95 % in 20.8% to 93.8%), target 90.0%" in text
+    assert "MISSED  inverted: outside 26.0 dB (95 % in 26.0 dB to 26.0 dB), target 30.0 dB" in text  # one scene: nothing to draw again
+    assert "met     inverted: success 100.0%" in edits_report.table({"model": "m", "plan": asdict(Plan()), "table": edits_report.summary(rows[:2])})
+
+
+def test_the_interval_draws_scenes_not_edits():
+    pairs = [row("colour", Setting(), True, seed=seed, outside=20.0 + seed % 2 * 10) for seed in range(40) for _ in range(5)]
+    low, high = edits_report.interval(pairs, "outside")
+    half = 1.96 * 5 / 40**0.5  # of 40 scenes; of 200 independent edits it would be less than half of that
+    assert low == pytest.approx(25 - half, abs=0.3) and high == pytest.approx(25 + half, abs=0.3)
+    assert edits_report.interval([row("light", Setting(), True, outside=None)], "outside") is None
 
 
 def test_the_command(lab, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(edits_report, "GRID", (Setting(0.8, 0.2), NO_EDITING))
-    monkeypatch.setattr("labkit.measure.edits.Plan.__init__.__defaults__", (1, (Setting(0.8, 0.2), NO_EDITING), ("teacher", "free"), ("colour",), 1, None))
+    monkeypatch.setattr("labkit.measure.edits.Plan.__init__.__defaults__", (1, (Setting(0.8, 0.2), NO_EDITING), ("noised", "free"), ("colour",), 1, None))
     assert main(["measure", "edits", "--scenes", "1", "--steps", "1", "--out", str(tmp_path / "e")]) == 0
     out = capsys.readouterr().out
-    assert "teacher-forced" in out and "free-running" in out and "frontier.png are in" in out
+    assert "noised: renders" in out and "free: drawn" in out and "frontier.png are in" in out
     found = json.loads((tmp_path / "e" / "edits.json").read_text())
     assert len(found["rows"]) == 4 and len(found["frontier"]) == 2 and (tmp_path / "e" / "edits.txt").read_text() in out
     assert (tmp_path / "e" / "frontier.png").read_bytes().startswith(b"\x89PNG")

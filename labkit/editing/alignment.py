@@ -105,8 +105,7 @@ def align(tokenizer: Tokenizer, source: str, target: str, method: str = "replace
             raise LabkitError(f"A prompt to align is {text!r}: give a text that is not empty.")
         if rest := tokenizer.cut(text):
             raise LabkitError(f"A prompt is too long to be aligned: {rest!r} is cut off; shorten it.")
-    pieces = (tokenizer.encode(source).pieces, tokenizer.encode(target).pieces)
-    pieces = tuple(tuple(p.removesuffix("</w>") for p in side) for side in pieces)
+    pieces = (as_typed(tokenizer, source), as_typed(tokenizer, target))
     before, after = units(tokenizer, source), units(tokenizer, target)
     pairs = fewest_changes([text for text, _ in before], [text for text, _ in after])
     gone = tuple(before[i][1] for i, j in pairs if i is not None and (j is None or before[i][0] != after[j][0]))
@@ -125,6 +124,12 @@ def align(tokenizer: Tokenizer, source: str, target: str, method: str = "replace
     M[0, 0] = 1  # BOS
     give_in_order(M, range(len(pieces[0]) - 1, L), range(len(pieces[1]) - 1, L))  # EOS and padding
     return Alignment(M, own, pieces, gone, new)
+
+
+def as_typed(tokenizer: Tokenizer, prompt: str) -> tuple[str, ...]:
+    """The prompt's tokens from BOS to EOS as the characters that they came from."""
+    tokens = tokenizer.encode(prompt)
+    return tuple(piece if span is None else prompt[slice(*span)] for piece, span in zip(tokens.pieces, tokens.spans))
 
 
 def units(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, tuple[int, ...]]]:

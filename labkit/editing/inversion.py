@@ -8,6 +8,10 @@
     null_text          unconditional states u_i for each step:                             Mokady et al. 2022, arXiv:2211.09794
                        u_i = argmin || prev(eps_u + w (eps_c - eps_u), z_t) - z*_s ||^2
     direct             the source's run alone is put back on the path after each step      Ju et al. 2023, arXiv:2310.01506
+    noise              the same on another path, z*_t = sqrt(a_t) z*_0 + sqrt(1 - a_t) z    the forward process, one z ~ N(0, I) for all t
+
+What DDIM finds is no white noise: the picture shines through it, so edits from there stay near the picture, also where they should not.
+`noise` knows nothing of the picture (and costs no network call); there attention alone carries the picture over.
 
 `labkit.edit(lab, inversion, target)` then edits the picture. Null text is as published: z_t is where the run with the optimised u has come
 to, u_i starts from u_{i-1} (u_0: the empty text), a new Adam a step with lr 0.01 (1 - i / 100), at most ten updates, until the loss is
@@ -22,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from labkit.device import Noise
 from labkit.diffusion import LatentDiffusion, guided
 from labkit.errors import LabkitError
 from labkit.generation import from_pil
@@ -31,8 +36,9 @@ from labkit.models.unet import states_of
 from labkit.recipe import Recipe, complete
 from labkit.samplers import Denoiser
 from labkit.samplers.ddim import ddim_inverse, visits
+from labkit.schedule import q_sample
 
-KINDS = ("direct", "ddim", "negative_prompt", "null_text")
+KINDS = ("direct", "ddim", "negative_prompt", "null_text", "noise")
 UPDATES, RATE, CLOSE, LOOSER = 10, 1e-2, 1e-5, 2e-5  # of null text, as published
 
 
@@ -47,6 +53,11 @@ class Inversion:
     uncond: Tensor | None = None  # (T, B, L, D) unconditional states by step, of null text
 
     @property
+    def pinned(self) -> bool:
+        """Whether the source is put back on the path after each step."""
+        return self.kind in ("direct", "noise")
+
+    @property
     def z(self) -> Tensor:
         """The noise found, (B, 4, h, w)."""
         return self.path[-1]
@@ -58,7 +69,8 @@ def invert(
 ) -> Inversion:  # fmt: skip
     """The Inversion of pictures, (B, 3, H, W) in [0, 1] or PIL, that `prompt` describes; `asked` are arguments of `lab.generate`.
 
-    `guidance` is that of the edit to come (null text is optimised for it), `steps` its steps; the sampler is DDIM. `told` and `refine` are
+    `guidance` is that of the edit to come (null text is optimised for it), `steps` its steps; the sampler is DDIM. `seed` is where the noise
+    of "noise" comes from. `told` and `refine` are
     those of `ddim_inverse`. Raises LabkitError if any of it cannot be.
     """
     if kind not in KINDS:
@@ -68,6 +80,8 @@ def invert(
     recipe = path_recipe(lab, prompt, len(z0), pixels.shape[2:], asked)
     if kind == "negative_prompt":
         recipe = replace(recipe, negative_prompt=[prompt] * len(z0))
+    if kind == "noise":
+        return Inversion(forward_path(lab, z0, recipe), prompt, kind, recipe)
     plain = replace(recipe, guidance=1.0, rescale=0.0, interval=None)
     with torch.no_grad():
         steps = ddim_inverse(denoiser(lab, plain), z0, lab.schedule, recipe.steps, told, refine)
@@ -86,6 +100,13 @@ def path_recipe(lab: LatentDiffusion, prompt: str, B: int, size: Sequence[int], 
     if len(recipe.prompt) != B:
         raise LabkitError(f"{len(recipe.prompt)} pictures are asked for and {B} given: give one value, or one for each picture.")
     return recipe
+
+
+def forward_path(lab: LatentDiffusion, z0: Tensor, recipe: Recipe) -> Tensor:
+    """z0 (B, 4, h, w) at the level of each timestep of the recipe, with the noise of its seeds: (T + 1, B, 4, h, w), z0 first."""
+    z = Noise(recipe.seed, tuple(z0.shape[1:])).draw().to(z0)
+    ts = lab.schedule.timesteps(recipe.steps).tolist()
+    return torch.stack([z0, *(q_sample(z0, t, z, lab.schedule) for t in reversed(ts[1:])), z])
 
 
 def denoiser(lab: LatentDiffusion, recipe: Recipe) -> Denoiser:

@@ -34,12 +34,15 @@ from labkit.samplers import Step
 from labkit.tap import listen
 
 
+CROSS, SELF = 0.4, 0.5  # measured (labkit.measure.edits): more of cross-attention costs edits, less of either costs the rest of the picture
+
+
 def edit(
     lab: LatentDiffusion,
     source: str | Inversion,
     target: str | Sequence[str] | None = None,
-    cross: Window | Mapping[str, Window] | list = 0.8,
-    self_attention: Window | list = 0.4,
+    cross: Window | Mapping[str, Window] | list = CROSS,
+    self_attention: Window | list = SELF,
     reweight: Mapping[str, float] | list | None = None,
     blend: str | tuple[str, ...] | Blend | list | None = None,
     method: str = "replace",
@@ -170,15 +173,13 @@ class Run:
         if (found := self.rows(probs)) is None:
             return None
         rows, cond = found
-        i, here = self.lab.layout.i, rows[cond].clone()  # (S, 1 + K, heads, N, L)
+        out, i = rows.clone(), self.lab.layout.i
         for k, c in enumerate(self.controls, start=1):
-            here[:, k] = self.edited(rows[cond, :, 0], rows[cond, :, k], c, i)
+            out[cond, :, k] = self.edited(rows[cond, :, 0], rows[cond, :, k], c, i)
         if name in self.words:
-            used = here.float().mean(2)  # (S, 1 + K, N, L)
+            used = out[cond].float().mean(2)  # (S, 1 + K, N, L)
             self.maps = used if self.maps is None else self.maps + used
             self.calls += 1
-        out = rows.clone()
-        out[cond] = here
         return rearrange(out, "b s k head n l -> (b s k) head n l")
 
     def edited(self, source: Tensor, target: Tensor, c: Control, i: int) -> Tensor:
@@ -200,13 +201,13 @@ class Run:
         return rearrange(out, "b s k head n l -> (b s k) head n l")
 
     def after(self, step: Step) -> Tensor | None:
-        """Where the step goes on from: the source on its path, where it was inverted directly; its latents outside of the masks."""
-        direct = self.inversion is not None and self.inversion.kind == "direct"
+        """Where the step goes on from: the source on its path, where it is pinned to one; its latents outside of the masks."""
+        pinned = self.inversion is not None and self.inversion.pinned
         blends = {k: one for k, one in enumerate(self.blends) if one and self.maps is not None and step.i >= int(one[0].start * self.recipe.steps)}
-        if not (blends or direct):
+        if not (blends or pinned):
             return None
         latents = rearrange(step.x, "(s k) c h w -> k s c h w", s=self.S).clone()
-        if direct:
+        if pinned:
             latents[0] = self.inversion.path[self.recipe.steps - 1 - step.i].to(latents)
         if blends and self.masks is None:
             self.masks = torch.ones(self.K, self.S, *self.size, device=latents.device)

@@ -4,9 +4,11 @@
     outside   PSNR(edited, source picture) where the two renders agree                        how much of the rest stayed
     inside    PSNR(edited, render(changed scene)) where the renders differ                    how near the truth it came
 
-Two protocols. *Teacher-forced*: the source is a render, inverted directly (labkit.editing.inversion) with its true caption; region and
-counterfactual are exact. *Free-running*: the source is drawn by the model from the caption; the reader says what is in it, and the
-region is where it sees objects in either picture (shadows are not in it), if it tells masks; there is no counterfactual, so no `inside`.
+Three protocols. *Inverted* and *noised* are teacher-forced: the source is a render with its true caption, and region and counterfactual are
+exact. Its run is pinned to a path (labkit.editing.inversion): that of DDIM inversion, whose noise the picture shines through, so that even
+without editing much stays; or that of the forward process, where attention alone carries the picture over. *Free*: the source is
+drawn by the model from the caption; the reader says what is in it, and the region is where it sees objects in either picture (shadows
+are not in it), if it tells masks; there is no counterfactual, so no `inside`.
 Beside each edit stands the same target from the same noise without any editing, and what bounds it: doing nothing, and the
 counterfactual sent through the autoencoder. Light changes everything, so there `outside` says nothing and is left out.
 """
@@ -25,13 +27,14 @@ from torch import Tensor
 from labkit.diffusion import LatentDiffusion
 from labkit.editing.blend import Blend
 from labkit.editing.inversion import invert
-from labkit.editing.prompt_to_prompt import edit
+from labkit.editing.prompt_to_prompt import CROSS, SELF, edit
 from labkit.errors import LabkitError
 from labkit.measure.edit_cases import KINDS, MARGIN, Case, cases, regions, verified
 from labkit.scenes import verify
 from labkit.scenes.render import render
 
-PROTOCOLS = ("teacher", "free")
+FORCED = {"inverted": "direct", "noised": "noise"}  # protocol -> kind of inversion
+PROTOCOLS = (*FORCED, "free")
 LEAST = 0.05  # share of the picture that must lie outside for its PSNR to be counted
 
 
@@ -39,8 +42,8 @@ LEAST = 0.05  # share of the picture that must lie outside for its PSNR to be co
 class Setting:
     """How an edit is made: `edit`'s cross, self_attention and blend threshold (None: no blend)."""
 
-    cross: float = 0.8
-    self_attention: float = 0.4
+    cross: float = CROSS
+    self_attention: float = SELF
     blend: float | None = None
 
     @property
@@ -77,7 +80,7 @@ def measure(lab: LatentDiffusion, plan: Plan, folder: str | Path, read: Callable
         raise LabkitError(f"{folder} has the rows of another plan; name another folder, or delete it.")
     write(folder / "plan.json", said)
     rows = []
-    todo = [(protocol, group) for protocol in plan.protocols for group in cases(plan.scenes, kinds=plan.kinds)]
+    todo = [(protocol, group) for group in cases(plan.scenes, kinds=plan.kinds) for protocol in plan.protocols]
     for protocol, group in tqdm(todo, desc="edits", disable=not progress):
         path = folder / f"{protocol}-{group[0].seed}.json"
         if not path.exists():
@@ -91,10 +94,11 @@ def one_scene(lab: LatentDiffusion, group: Sequence[Case], protocol: str, plan: 
     todo = [(case, setting) for case in group for setting in plan.settings]
     asked = {"steps": plan.steps, "guidance": plan.guidance}
     truth = render([group[0].scene, *(case.changed for case in group)]).image  # (1 + cases, 3, H, W)
-    source = invert(lab, truth[:1], group[0].source, **asked) if protocol == "teacher" else group[0].source
+    asked["seed"] = group[0].seed
+    source = invert(lab, truth[:1], group[0].source, FORCED[protocol], **asked) if protocol in FORCED else group[0].source
     how = {"cross": [s.cross for _, s in todo], "self_attention": [s.self_attention for _, s in todo]}
     how["blend"] = [None if s.blend is None else Blend(threshold=s.blend) for _, s in todo]
-    how |= {} if protocol == "teacher" else {"seed": group[0].seed, **asked}
+    how |= {} if protocol in FORCED else asked
     drawn = edit(lab, source, [case.target for case, _ in todo], progress=False, **how)
     pictures = lab.decode(drawn.latents[:, 0]).cpu()  # (1 + todo, 3, H, W)
     ceiling = lab.decode(lab.encode_image(truth)).cpu()
@@ -104,9 +108,9 @@ def one_scene(lab: LatentDiffusion, group: Sequence[Case], protocol: str, plan: 
         k = 1 + group.index(case)
         found = {"protocol": protocol, "seed": case.seed, "kind": case.kind, **asdict(setting), "success": verified(seen[n], case)}
         found["frame"] = psnr(pictures[n], pictures[0])
-        inside, outside = regions(truth[0], truth[k]) if protocol == "teacher" else seen_regions(seen[0], seen[n])
+        inside, outside = regions(truth[0], truth[k]) if protocol in FORCED else seen_regions(seen[0], seen[n])
         found["outside"] = None if case.kind == "light" or outside is None else psnr(pictures[n], pictures[0], outside, LEAST)
-        if protocol == "teacher":
+        if protocol in FORCED:
             found |= {"inside": psnr(pictures[n], truth[k], inside), "nothing": psnr(pictures[0], truth[k], inside), "best": psnr(ceiling[k], truth[k], inside)}
             found["best success"] = verified(read(ceiling[k : k + 1])[0], case)
         else:
