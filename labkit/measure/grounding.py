@@ -8,9 +8,14 @@ Two protocols. *Forced* (teacher-forced): a rendered scene with its true caption
 are exact. *Free*: the picture is drawn from the caption, and the verifier (labkit.scenes.verify) says where the described object is; its own error
 is published in the model card. A word whose object is not found in the picture is counted as not drawn and has no score.
 
-Beside the single heads stand the ways of averaging them (METHODS), and what a map must beat (BASELINES): the same everywhere, the middle of the picture,
-the start token, another word, the same network before any training. Tang et al. 2023 (DAAM) and Marcos-Manchon et al. 2024 (OVAM)
-report mean IoU of such maps on pictures whose masks were drawn by hand.
+Beside the single heads stand the ways of averaging them (METHODS): ours over everything, the two papers', that over the second half of the steps, and
+it spread by self-attention, since places that look at each other belong together (Wang et al. 2023, arXiv:2309.02773):
+
+    m' = S m - min(S m),    S = mean self-attention of the finest layers, second half of the steps
+
+And what a map must beat (BASELINES): the same everywhere, the middle of the picture, the start token, another word, the same network
+before any training. Tang et al. 2023 (DAAM) and Marcos-Manchon et al. 2024 (OVAM) report the mean IoU of such maps on pictures whose masks
+were drawn by hand.
 """
 
 from dataclasses import dataclass
@@ -39,10 +44,11 @@ KINDS = ("shape", "colour", "size", "material", "relation")  # of words that spe
 FIRST_SEED = 30_000_000  # no training, no other measurement begins here
 SIDE = 64  # maps and masks are compared at SIDE x SIDE
 TAUS = tuple(round(0.05 * k, 2) for k in range(1, 20))
-METHODS = ("mean", "prompt_to_prompt", "daam", "late steps", "up 16x16")
+METHODS = ("mean", "prompt_to_prompt", "daam", "late steps", "spread")
 BASELINES = ("uniform", "centre", "start token", "another word", "untrained")
 
-Maps = dict[str, Tensor]  # layer -> (step, head, y, x, token)
+Maps = dict[str, Tensor]  # layer -> (step, head, y, x, token); where each place looks in the picture at layer SELF
+SELF = "self-attention, finest layers"
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def one_scene(lab: LatentDiffusion, untrained: UNet, plan: Plan, seed: int) -> d
     empty = torch.zeros(0)
     pack = lambda parts: (torch.stack(parts) if parts else empty).half()  # noqa: E731
     return {"words": rows, "head_ap": pack(head_ap), "head_iou": pack(head_iou), "method_ap": pack(method_ap), "method_iou": pack(method_iou),
-            "layers": list(maps), "objects": len(scene.objects)}  # fmt: skip
+            "layers": [layer for layer in maps if layer != SELF], "objects": len(scene.objects)}  # fmt: skip
 
 
 def told(seed: int) -> tuple[Scene, Caption]:
@@ -129,27 +135,48 @@ def noised(lab: LatentDiffusion, unet: UNet, z: Tensor, text: str, plan: Plan, s
     t = lab.schedule.timesteps(plan.steps)
     eps = Noise([seed], tuple(z.shape[1:])).draw().to(z)
     x_t = q_sample(z.expand(len(t), -1, -1, -1), t, eps.expand(len(t), -1, -1, -1), lab.schedule).to(lab.dtype)
-    maps: Maps = {}
-
-    def hear(probs: Tensor, name: str) -> None:
-        maps[name.removesuffix(".probs")] = placed(probs, tuple(z.shape[2:]))
-
-    with listen(unet, {"*.attn2.probs": hear}):
+    size, heard = tuple(z.shape[2:]), Heard()
+    with listen(unet, heard.listeners(lambda probs: (probs, size))):
         unet(x_t, t.to(lab.device), lab.encode_text([text] * len(t)))
-    return maps
+    return heard.maps()
 
 
 def drawn(lab: LatentDiffusion, text: str, plan: Plan, seed: int) -> tuple[Tensor, Maps]:
     """The latents of a picture drawn from a caption, (1, 4, h, w), and the conditional branch's attention at each step."""
-    heard: dict[str, list[Tensor]] = {}
+    heard = Heard()
 
-    def hear(probs: Tensor, name: str) -> None:
+    def cond(probs: Tensor) -> tuple[Tensor, tuple[int, int]]:
         row = lab.layout.branches.index("cond")
-        heard.setdefault(name.removesuffix(".probs"), []).append(placed(probs[row : row + 1], lab.layout.size))
+        return probs[row : row + 1], lab.layout.size
 
-    with listen(lab.unet, {"*.attn2.probs": hear}):
+    with listen(lab.unet, heard.listeners(cond)):
         *_, last = lab.steps(text, steps=plan.steps, guidance=plan.guidance, seed=seed)
-    return last.x, {layer: torch.cat(steps) for layer, steps in heard.items()}
+    return last.x, heard.maps()
+
+
+class Heard:
+    """Attention as it comes: of text head by head, of the picture's places to each other as means over heads and the finest layers."""
+
+    def __init__(self) -> None:
+        self.cross: dict[str, list[Tensor]] = {}
+        self.own: dict[str, list[Tensor]] = {}
+
+    def listeners(self, rows) -> dict:
+        """For `listen`; `rows(probs)` are those of the run's picture, and the size of its latents."""
+
+        def cross(probs: Tensor, name: str) -> None:
+            self.cross.setdefault(name.removesuffix(".probs"), []).append(placed(*rows(probs)))
+
+        def own(probs: Tensor, name: str) -> None:
+            mine, (h, w) = rows(probs)
+            if mine.shape[2] == h * w:
+                self.own.setdefault(name, []).append(mine.float().mean(1).cpu())  # (row, place, place)
+
+        return {"*.attn2.probs": cross, "*.attn1.probs": own}
+
+    def maps(self) -> Maps:
+        whole = {layer: torch.cat(steps) for layer, steps in self.cross.items()}
+        return whole | ({SELF: mean_of([torch.cat(steps) for steps in self.own.values()])} if self.own else {})
 
 
 def placed(probs: Tensor, size: tuple[int, int]) -> Tensor:
@@ -159,33 +186,45 @@ def placed(probs: Tensor, size: tuple[int, int]) -> Tensor:
     return rearrange(probs.float().cpu(), "row head (y x) token -> row head y x token", y=y)
 
 
-def of_word(maps: Maps, tokens: tuple[int, ...], side: int = SIDE) -> Tensor:
-    """A word's share in each head, all layers at one size: (step, layer, head, side, side)."""
-    return torch.stack([enlarged(m[..., list(tokens)].sum(-1), side) for m in maps.values()], dim=1)
+def of_word(maps: Maps, tokens: tuple[int, ...]) -> Tensor:
+    """A word's share in each head, all layers at one size: (step, layer, head, SIDE, SIDE)."""
+    return torch.stack([enlarged(share) for share in shares(maps, tokens).values()], dim=1)
 
 
-def enlarged(m: Tensor, side: int = SIDE, mode: str = "bilinear") -> Tensor:
-    """Maps (..., y, x) at side x side."""
+def shares(maps: Maps, tokens: tuple[int, ...]) -> Maps:
+    """A word's share by layer, (step, head, y, x)."""
+    return {layer: m[..., list(tokens)].sum(-1) for layer, m in maps.items() if layer != SELF}
+
+
+def average(maps: Maps, tokens: tuple[int, ...]) -> Tensor:
+    """Our heat map: the mean over steps, heads and layers, (SIDE, SIDE)."""
+    return mean_of([enlarged(share.mean((0, 1))) for share in shares(maps, tokens).values()])
+
+
+def enlarged(m: Tensor, size: tuple[int, int] = (SIDE, SIDE), mode: str = "bilinear") -> Tensor:
+    """Maps (..., y, x) at another size."""
     flat = m.reshape(-1, 1, *m.shape[-2:])
-    return F.interpolate(flat, size=(side, side), mode=mode).reshape(*m.shape[:-2], side, side)
+    return F.interpolate(flat, size=size, mode=mode).reshape(*m.shape[:-2], *size)
 
 
 def methods(lab: LatentDiffusion, maps: Maps, tokens: tuple[int, ...]) -> list[Tensor]:
     """One map (SIDE, SIDE) for each of METHODS, over the steps given: our mean over all; the two papers'; two that leave out what is worst."""
-    depth = len(lab.unet.config.block_out_channels)
-    layers = {layer: level(layer, depth) for layer in maps}
-    share = {layer: m[..., list(tokens)].sum(-1) for layer, m in maps.items()}  # (step, head, y, x)
-    outer = named(tuple(maps), ("up", "down"))
-    finest = [layer for layer in outer if layers[layer] == min(layers.values())]
-    late = {layer: m[len(m) // 2 :] for layer, m in share.items()}
-    daam = [enlarged(m.sum(0), mode="bicubic").clamp(min=0).mean(0) for m in (share[layer] for layer in outer)]  # heads averaged after the cut, as there
-    return [
-        mean_of([enlarged(m.mean((0, 1))) for m in share.values()]),
-        enlarged(mean_of([share[layer].mean((0, 1)) for layer in finest])),
-        mean_of(daam),
-        mean_of([enlarged(m.mean((0, 1))) for m in late.values()]),
-        enlarged(mean_of([late[layer].mean((0, 1)) for layer in finest if layer.startswith("up")])),
-    ]
+    share, depth = shares(maps, tokens), len(lab.unet.config.block_out_channels)
+    outer = named(tuple(share), ("up", "down"))
+    finest = min(level(layer, depth) for layer in outer)
+    of_finest = [share[layer].mean((0, 1)) for layer in outer if level(layer, depth) == finest]
+    daam = [enlarged(share[layer].sum(0), mode="bicubic").clamp(min=0).mean(0) for layer in outer]  # cut head by head, then averaged, as there
+    late = {layer: m[len(m) // 2 :].mean((0, 1)) for layer, m in share.items()}  # (y, x)
+    whole = mean_of([enlarged(m) for m in late.values()])
+    return [average(maps, tokens), enlarged(mean_of(of_finest)), mean_of(daam), whole, spread(maps, late) if SELF in maps else whole]
+
+
+def spread(maps: Maps, late: Maps) -> Tensor:
+    """The mean of maps (y, x), spread by the self-attention of the second half of the steps, less its minimum: (SIDE, SIDE)."""
+    S = maps[SELF][len(maps[SELF]) // 2 :].mean(0)  # (N, N); rows add up to 1
+    size = next(tuple(m.shape) for m in late.values() if m.numel() == len(S))
+    m = (S @ mean_of([enlarged(m, size) for m in late.values()]).flatten()).view(size)
+    return enlarged(m - m.min())
 
 
 def baselines(maps: Maps, target: Target, targets: list[Target], maps_untrained: Maps) -> list[Tensor]:
@@ -193,13 +232,12 @@ def baselines(maps: Maps, target: Target, targets: list[Target], maps_untrained:
     at = (torch.arange(SIDE) + 0.5) / SIDE - 0.5
     nothing = torch.full((SIDE, SIDE), torch.nan)
     others = [one for one in targets if not set(one.objects) & set(target.objects)]
-    mean = lambda these, tokens: mean_of([enlarged(m[..., list(tokens)].sum(-1).mean((0, 1))) for m in these.values()])  # noqa: E731
     return [
         torch.ones(SIDE, SIDE),
         torch.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 0.25**2)),
-        mean(maps, (0,)),
-        mean(maps, others[0].tokens) if others else nothing,
-        mean(maps_untrained, target.tokens),
+        average(maps, (0,)),
+        average(maps, others[0].tokens) if others else nothing,
+        average(maps_untrained, target.tokens),
     ]
 
 
@@ -269,7 +307,7 @@ def bound(maps: Maps, target: Target, targets: list[Target], masks: list, scene:
             return {}
         masks = {k: by_shape[0][0].mask, 1 - k: by_shape[1][0].mask}
         right = by_shape[0][0].colour == own.colour
-    scores = mean_of([enlarged(m[..., list(target.tokens)].sum(-1).mean((0, 1))) for m in maps.values()])
+    scores = average(maps, target.tokens)
     here, there = (float(scores[shrunk(masks[j])].mean()) for j in (k, 1 - k))
     return {"share": here / (here + there), "right": right}
 
