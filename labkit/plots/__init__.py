@@ -3,6 +3,7 @@
     words.py         word_heatmaps(image, heatmaps)         where each word had the attention
     trajectories.py  trajectory(x_t, x0, t)                 what the network was given at a step, and what it took the picture to be
     guidance.py      guidance_sweep(images, scales, seeds)  the same prompt under several guidance scales
+    tables.py        table(data)                            a table of measurements, rows and columns named
 
     canvas.py        what they are made of: sizes of type, a grid of axes, pictures without frames, maps of colour over grey
     files.py         show, save, png: a figure in a notebook or as a file
@@ -16,11 +17,12 @@ perceptually uniform, panels that are compared share their limits, and every fig
 from labkit.plots.canvas import DPI, LABEL, LARGEST, MAP, SMALL, TINT, TITLE, WIDTH, grid, over_grey, picture, plain, tinted
 from labkit.plots.files import described, png, save, show, write
 from labkit.plots.guidance import guidance_sweep
+from labkit.plots.tables import table
 from labkit.plots.trajectories import trajectory
 from labkit.plots.words import place, word_heatmaps
 
 __all__ = [
-    *("word_heatmaps", "trajectory", "guidance_sweep"),
+    *("word_heatmaps", "trajectory", "guidance_sweep", "table"),
     *("show", "save", "png", "write", "described"),
     *("grid", "picture", "over_grey", "tinted", "plain", "place"),
     *("DPI", "LABEL", "LARGEST", "MAP", "SMALL", "TINT", "TITLE", "WIDTH"),
