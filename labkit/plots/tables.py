@@ -7,13 +7,11 @@ from labkit.plots.canvas import DPI, LABEL, MAP, SMALL, TITLE, WIDTH, plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from labkit.probes.table import Table
-
 NUMBERS = 14  # columns up to which numbers can be read in the squares
 
 
-def table(data: "Table") -> "Figure":
-    """One square a measurement; rows and columns as named, the scale from the smallest to the largest value; what is missing stays white."""
+def table(data) -> "Figure":
+    """A `labkit.probes.table.Table`, one square a measurement; rows and columns as named, the scale from the smallest to the largest value; what is missing stays white."""
     from matplotlib.figure import Figure
     from numpy import nanmax, nanmin
 
