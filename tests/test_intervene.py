@@ -332,9 +332,9 @@ def test_a_metric_says_what_is_lost(lab):
 
 def test_patch_grid_recovers_all_where_all_is_patched(lab):
     table = patch_grid(lab, OTHER, PROMPT, Where("resid"), bins=2, seeds=(0, 1), steps=4, progress=False)
-    assert table.rows == ("down.0", "down.1", "mid", "up.0", "up.1") and table.columns == ("0 to 1", "2 to 3", "all")
+    assert table.rows == ("down.0", "down.1", "mid", "up.0", "up.1", "all layers") and table.columns == ("0 to 1", "2 to 3", "all")
     assert table.at("up.1", "all") == pytest.approx(1, abs=1e-4), "the last residual stream is all that the last layer reads"
-    assert abs(table.at("up.1", "0 to 1") - 1) > 0.01
+    assert table.at("all layers", "all") == pytest.approx(1, abs=1e-4) and abs(table.at("up.1", "0 to 1") - 1) > 0.01
     with capture(lab, Where("resid")) as source:
         good = lab.generate(OTHER, seed=[0, 1], steps=4, progress=False)
     bad = lab.generate(PROMPT, seed=[0, 1], steps=4, progress=False)

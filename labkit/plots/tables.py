@@ -1,5 +1,6 @@
 """A table of measurements as squares, dark to bright, with the numbers in them."""
 
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from labkit.plots.canvas import DPI, LABEL, MAP, SMALL, TITLE, WIDTH, plain
@@ -24,14 +25,14 @@ def table(data) -> "Figure":
     ax.set_yticks(range(rows), [plain(name) for name in data.rows], fontsize=SMALL)
     ax.set_xlabel(data.axes[1], fontsize=LABEL)
     ax.set_ylabel(data.axes[0], fontsize=LABEL)
-    ax.set_title(plain(data.title), fontsize=TITLE)
+    ax.set_title(fill(plain(data.title), 75), fontsize=TITLE if len(data.title) < 75 else LABEL)
     ax.spines[:].set_visible(False)
     low, high = nanmin(values), nanmax(values)
     if columns <= NUMBERS:
         digits = 2 if high - low >= 0.1 else 3
         for y, x in ((y, x) for y in range(rows) for x in range(columns) if values[y, x] == values[y, x]):
             dark = values[y, x] < low + 0.6 * (high - low)
-            ax.text(x, y, f"{values[y, x]:.{digits}f}", ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")
+            ax.text(x, y, f"{values[y, x]:z.{digits}f}", ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")
     bar = figure.colorbar(shown, ax=ax, pad=0.02)
     bar.set_label(data.unit, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)

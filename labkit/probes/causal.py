@@ -10,7 +10,6 @@ where a patch leads away from the clean run, and above 1 where it overshoots.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.generation import Generation
-from labkit.probes.intervene import Captured, Where, ablate, capture, patch, sites
+from labkit.probes.intervene import Where, ablate, capture, patch, sites
 from labkit.probes.sites import short
 from labkit.probes.table import Table
 
@@ -63,7 +62,7 @@ def patch_grid(
     lab: LatentDiffusion, clean: str, corrupt: str, where: Where = Where("values"), bins: int = 4, seeds: Sequence[int] = (0, 1), metric: Metric | None = None,
     **options,
 ) -> Table:  # fmt: skip
-    """How much of a clean run comes back when a part of it is put into a corrupt one: the mean recovery, rows layers, columns ranges of steps.
+    """How much of a clean run comes back when a part of it is put into a corrupt one: the mean recovery, rows layers and all of them, columns ranges of steps.
 
     `where` says what is patched (text keys or values, attention, the residual stream; also which layers, heads, tokens, branch); `bins` is into how many
     ranges the steps are cut, with one column more for all of them. `metric` gives a number for each picture, such as a classifier's
@@ -79,24 +78,17 @@ def patch_grid(
     bad = draw()
     edges = [round(k * steps / bins) for k in range(bins + 1)]
     spans = [*zip(edges, edges[1:]), *([(0, steps)] if bins > 1 else [])]
-    values = torch.zeros(len(taps), len(spans))
-    todo = [(row, column) for row in range(len(taps)) for column in range(len(spans))]
+    layers = [tap.rpartition(".")[0] for tap in taps]
+    rows = [*layers, *([tuple(layers)] if len(layers) > 1 else [])]
+    values, score = torch.zeros(len(rows), len(spans)), measure(good, bad, metric)
+    todo = [(row, column) for row in range(len(rows)) for column in range(len(spans))]
     for row, column in tqdm(todo, desc="patches", disable=not options.get("progress", True)):
-        part = replace(where, layers=taps[row].rpartition(".")[0], steps=slice(*spans[column]))
-        values[row, column] = patched(lab, part, source, draw, measure(good, bad, metric)).mean()
+        with patch(lab, replace(where, layers=rows[row], steps=slice(*spans[column])), source):
+            values[row, column] = score(draw()).mean()
     columns = tuple(f"{a} to {b - 1}" if b - a > 1 else str(a) for a, b in spans[:bins]) + (("all",) if bins > 1 else ())
-    names = tuple(short(tap.rpartition(".")[0]) for tap in taps)
+    names = (*map(short, layers), *(["all layers"] if len(layers) > 1 else []))
     title = f"{where.kind} of “{clean}” patched into “{corrupt}”"
     return Table(values, names, columns, ("layer", "steps (0 is the noisiest)"), "recovery, 0 corrupt to 1 clean", title)
-
-
-def patched(lab: LatentDiffusion, parts: Where | Sequence[Where], source: Captured, draw: Callable[[], Generation], score: Callable[[Generation], Tensor]) -> Tensor:
-    """The score of what is drawn with one part, or several at once, taken from a captured run."""
-    with ExitStack() as stack:
-        for part in (parts,) if isinstance(parts, Where) else parts:
-            stack.enter_context(patch(lab, part, source))
-        drawn = draw()
-    return score(drawn)
 
 
 def measure(clean: Generation, corrupt: Generation, metric: Metric | None) -> Callable[[Generation], Tensor]:

@@ -37,7 +37,7 @@ class Table:
 
     def __str__(self) -> str:
         lines = [(self.axes[0], *self.columns)] + [
-            (row, *("" if value != value else f"{value:.3f}" for value in line)) for row, line in zip(self.rows, self.values.tolist())
+            (row, *("" if value != value else f"{value:z.3f}" for value in line)) for row, line in zip(self.rows, self.values.tolist())
         ]
         widths = [max(map(len, column)) for column in zip(*lines)]
         body = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]).rstrip() for line in lines]
