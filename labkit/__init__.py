@@ -54,6 +54,13 @@ NAMES = {
     "sweep_guidance": "labkit.probes.sweep",
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
+    "image_to_image": "labkit.editing.image_to_image",
+    "edit": "labkit.editing.prompt_to_prompt",
+    "Edit": "labkit.editing.result",
+    "Blend": "labkit.editing.blend",
+    "align": "labkit.editing.alignment",
+    "invert": "labkit.editing.inversion",
+    "Inversion": "labkit.editing.inversion",
     "explore": "labkit.widgets.explorer",
 }
 ROOMS = (

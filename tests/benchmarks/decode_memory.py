@@ -80,7 +80,7 @@ def decoded(way: str, side: int, folder: str) -> None:
         vae = plain_vae(folder)
         if way.startswith("optimised"):
             keep_freed_memory()
-            vae = pack(vae)
+            vae = pack(vae, but="encoder")
         decode = partial(decode_in_strips if way.endswith("strips") else VAE.decode, vae)
     z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
     before = largest()
