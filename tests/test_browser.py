@@ -155,6 +155,7 @@ def run_all(page, address):
             wait_for(lambda: counts(page) != before, "the run to start", PATIENCE if attempt else 20)
             break
     wait_for(lambda: idle(page) and not any("*" in count for count in counts(page)), "all cells to run")
+    assert "[ ]:" not in [count.strip() for count in counts(page)], "the run ended before the last cell"
 
 
 class Shown(list):

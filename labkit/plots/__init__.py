@@ -10,6 +10,7 @@
     measures.py      measures(x, rows, across)              numbers against a number, one panel a measure
     paths.py         latent_paths(paths)                    the way of many latents from noise to picture
     matrix.py        matrix(values, rows, columns, meaning) a table of numbers as colours
+    tables.py        table(data)                            a table of measurements, rows and columns named
 
     canvas.py        what they are made of: sizes of type, a grid of axes, pictures without frames, maps of colour over grey
     files.py         show, save, png: a figure in a notebook or as a file
@@ -30,13 +31,14 @@ from labkit.plots.matrix import matrix
 from labkit.plots.measures import measures
 from labkit.plots.paths import latent_paths
 from labkit.plots.rows import rows_of_pictures
+from labkit.plots.tables import table
 from labkit.plots.trajectories import trajectory
 from labkit.plots.words import place, word_heatmaps
 
 __all__ = [
     *("word_heatmaps", "trajectory", "guidance_sweep", "edit_panels", "edit_frontier", "grounding_atlas"),
     *("strips", "curves", "maps", "arrows", "clouds"),
-    *("rows_of_pictures", "measures", "latent_paths", "matrix"),
+    *("rows_of_pictures", "measures", "latent_paths", "matrix", "table"),
     *("show", "save", "png", "write", "described"),
     *("grid", "picture", "over_grey", "tinted", "plain", "place"),
     *("DPI", "LABEL", "LARGEST", "LINE", "MAP", "SMALL", "TINT", "TITLE", "WIDTH"),
