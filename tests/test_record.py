@@ -141,6 +141,17 @@ def test_what_was_not_kept_is_said(recorded, keep, ask, says):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_there_is_said_in_a_line(recorded, lab):
+    said = repr(recorded[0]["sums"])
+    assert said == (
+        "Trace(Run('a red ball | a blue cube left of a red ball': 4 layers of self, 4 layers of queries, 4 layers of cross, 5 layers of resid; "
+        "branches uncond, cond; 2 images))"
+    )
+    assert len(repr(recorded[0]["raw"].heatmap("red"))) < 300
+    with record(lab) as nothing:
+        assert repr(nothing) == "Trace(nothing was drawn)" and "heatmap" in dir(nothing) and not hasattr(nothing, "_repr_html_")
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ class HeatMap:
     """`map` (h, w) float32: the attention that the word had at each place, measured in `unit`; `averages` says in words what was averaged."""
 
     word: str
-    map: Tensor
+    map: Tensor = field(repr=False)
     averages: str
     tokens: tuple[int, ...] = ()  # positions in the text encoder's sequence, BOS is 0
     branch: str = "cond"

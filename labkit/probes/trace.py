@@ -25,7 +25,7 @@ from labkit.samplers import Step
 Word = str | int | Sequence[int]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Run:
     """What was recorded of one generation; `prompts` by branch, one for each picture; `recipe` draws it again."""
 
@@ -41,6 +41,11 @@ class Run:
     final: Tensor | None = None  # the latents that the latest step arrived at
     decode: Callable[[Tensor], object] | None = None  # latents (1, 4, h, w) -> PIL picture
     model: dict = field(default_factory=dict)  # name, and once saved the weights' hash and versions
+
+    def __repr__(self) -> str:
+        kept = {kind: sum(k == kind for k, _, branch in self.stores if branch == self.branches[0]) for kind in dict.fromkeys(k for k, *_ in self.stores)}
+        said = ", ".join(f"{n} layers of {kind}" for kind, n in kept.items()) or "no attention"
+        return f"Run({' | '.join(self.prompts.get('cond', ()))!r}: {said}; branches {', '.join(self.branches) or 'none'}; {self.images} images)"
 
     # --- what there is ---------------------------------------------------------------------------------------------
 
@@ -248,6 +253,9 @@ class Trace:
         if name.startswith("_") or name not in asked_of_runs():
             raise AttributeError(f"A Trace has no {name!r}; it has runs, and what a Run has.")
         return getattr(self.run, name)
+
+    def __repr__(self) -> str:
+        return f"Trace({', '.join(map(repr, self.runs)) or 'nothing was drawn'})"
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *asked_of_runs()})

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/recording.py                         all of it
     python tests/benchmarks/recording.py labkit,DAAM 5 3         those named, steps, rounds
+    python tests/benchmarks/recording.py attention               the sixteen cross-attention layers alone, many times in turns
 
 Stable Diffusion 1.5's geometry, random weights, 256 pixels, guidance (batch 2). All contestants draw at the same time, each one step in
 turn, so that whatever else the machine does falls on all alike; ratios are medians over steps of (contestant / the same host without
@@ -132,6 +133,41 @@ def daam_steps(unet, stack: ExitStack, steps: int) -> tuple[Iterator, Callable[[
     return diffusers_steps(unet, steps), lambda: sum(m.nbytes for _, m in hooks.all_heat_maps)
 
 
+@torch.no_grad()
+def attention_alone(rounds: int = 60) -> None:
+    """What one step's cross-attention takes in processor seconds, fused, and explicit and added up: all that recording adds to a step is in the difference."""
+    from labkit.diffusion import Layout
+    from labkit.models.config import SD15_UNET
+    from labkit.models.layers import Attention
+    from labkit.probes.keep import WAYS, plan
+    from labkit.probes.record import add
+    from labkit.probes.sites import sites
+    from labkit.probes.trace import Run
+
+    with torch.device("meta"):
+        found = sites(labkit.models.unet.UNet(SD15_UNET), "cross", (SIDE // 8, SIDE // 8), 77)
+    layers, layout = [], Layout(("uncond", "cond"), 1, 0, 500, 1, (SIDE // 8, SIDE // 8), (PROMPT,), ("",))
+    for site in found:
+        width = {32: 320, 16: 640, 8: 1280, 4: 1280}[site.shape[1]]
+        layer = pack(torch.nn.ModuleDict({"attn2": Attention(width, site.shape[0], 768)}))["attn2"]
+        layers.append((site, layer, torch.randn(2, site.shape[1] * site.shape[2], width)))
+    c, taken = torch.randn(2, 77, 768), {name: [] for name in ("fused", *WAYS)}
+    runs = {name: Run(None, plan=plan(found, keep, (1, 1), layout.branches, 12)) for name, keep in WAYS.items()}
+    for round_ in range(rounds + 3):
+        for name in taken:
+            for site, layer, _ in layers:
+                layer.probs.listeners = [] if name == "fused" else [(lambda p, tap, run=runs[name]: add(run, layout, tap, p), site.tap)]
+            start = time.process_time()
+            for _, layer, x in layers:
+                layer(x, c)
+            if round_ >= 3:
+                taken[name].append(time.process_time() - start)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, cross-attention of one step, {rounds} rounds in turns")
+    for name, seconds in taken.items():
+        more = statistics.median(a - b for a, b in zip(seconds, taken["fused"]))
+        print(f"{name:26} {1000 * statistics.median(seconds):6.1f} ms of a processor, {1000 * more:+.1f} ms in the same turn", flush=True)
+
+
 def main(names: str = "", steps: int = 5, rounds: int = 4) -> None:
     unet, theirs = networks()
     tokenizer = Tokenizer(*build_vocabulary(PROMPT.split()), max_length=77)
@@ -166,9 +202,10 @@ def main(names: str = "", steps: int = 5, rounds: int = 4) -> None:
     for round_ in range(rounds + 1):  # the first does not count
         with ExitStack() as stack:
             turns = {name: Turn(lab.unet, lambda make=make: make(copy.copy(lab), stack)) for name, (_, make) in contestants.items()}
-            for _ in range(steps):
-                for name, turn in turns.items():
-                    seconds, cpu = turn.step()
+            for k in range(steps):
+                order = list(turns)
+                for name in order[k % len(order) :] + order[: k % len(order)]:  # nobody is always first
+                    seconds, cpu = turns[name].step()
                     if round_:
                         wall[name].append(seconds)
                         work[name].append(cpu)
@@ -176,8 +213,8 @@ def main(names: str = "", steps: int = 5, rounds: int = 4) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {steps} steps, {rounds} rounds in turns, medians")
     for name, (host, _) in contestants.items():
         ratio = [f"{statistics.median(a / b for a, b in zip(t[name], t[host])):.3f}" if host else "" for t in (wall, work)]
-        print(f"{name:26} {statistics.median(wall[name]):6.2f} s a step  time x {ratio[0]:6}  processor x {ratio[1]:6}  holds {size(held[name])}", flush=True)
+        print(f"{name:26} {statistics.median(wall[name]):6.2f} s a step ({statistics.median(work[name]):.2f} of a processor)  time x {ratio[0]:6}  processor x {ratio[1]:6}  holds {size(held[name])}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:]))
+    attention_alone() if sys.argv[1:] == ["attention"] else main(*sys.argv[1:2], *map(int, sys.argv[2:]))
