@@ -43,7 +43,7 @@ alpha_bar = Check(
             [torch.ones(1, dtype=beta.dtype), torch.cumprod(1 - beta, 0)[:-1]]),
         "That is $1-\\bar\\alpha_t$, the variance of the noise.": lambda beta: 1 - torch.cumprod(1 - beta, 0),
     },
-    task="`alpha_bar` is given the table of $\\beta_t$, (T,), and returns the table of their running products, equation (3): a line with `torch.cumprod`.",
+    task="`alpha_bar` is given the table of $\\beta_t$, (T,), and returns the table of their running products, equation (2): a line with `torch.cumprod`.",
     praise="at every t this is the share of the picture's power that is left.",
     cases=lambda: [(SCHEDULE.beta.clone(),), (torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64),)],
 )
@@ -93,7 +93,7 @@ q_sample = Check(
         "All images got the t of the first one: `t` has one entry for each.": lambda x0, t, eps, table: (
             table[t[0]].sqrt() * x0 + (1 - table[t[0]]).sqrt() * eps),
     },
-    task="`q_sample` jumps from $x_0$ to $x_t$, equation (2). `t` has one entry for each image: `alpha_bar[t].view(-1, 1, 1, 1)` multiplies images.",
+    task="`q_sample` jumps from $x_0$ to $x_t$, equation (3). `t` has one entry for each image: `alpha_bar[t].view(-1, 1, 1, 1)` multiplies images.",
     praise="one line, and any t can be reached without the steps between.",
     cases=_images(SCHEDULE.alpha_bar),
 )
@@ -119,7 +119,7 @@ x0_from_eps = Check(
     reference=lambda x_t, t, eps, table: labkit_x0_from_eps(x_t, t, eps, SCHEDULE),
     wrong={
         "The division by $\\sqrt{\\bar\\alpha_t}$ is missing.": lambda x_t, t, eps, table: x_t - _at((1 - table).sqrt(), t) * eps,
-        "You divided by $\\bar\\alpha_t$; equation (2) has its root.": lambda x_t, t, eps, table: (x_t - _at((1 - table).sqrt(), t) * eps) / _at(table, t),
+        "You divided by $\\bar\\alpha_t$; equation (3) has its root.": lambda x_t, t, eps, table: (x_t - _at((1 - table).sqrt(), t) * eps) / _at(table, t),
         "The noise is taken off at full size; in $x_t$ it is multiplied by $\\sqrt{1-\\bar\\alpha_t}$.": lambda x_t, t, eps, table: (x_t - eps) / _at(table.sqrt(), t),
         "Only $x_t$ is divided; the division is of the whole difference. A bracket is missing.": lambda x_t, t, eps, table: (
             x_t / _at(table.sqrt(), t) - _at((1 - table).sqrt(), t) * eps),
@@ -128,7 +128,7 @@ x0_from_eps = Check(
         "You multiplied by $\\sqrt{\\bar\\alpha_t}$ where a division undoes it.": lambda x_t, t, eps, table: (
             (x_t - _at((1 - table).sqrt(), t) * eps) * _at(table.sqrt(), t)),
     },
-    task="`x0_from_eps` solves equation (2) for $x_0$.",
+    task="`x0_from_eps` solves equation (3) for $x_0$.",
     praise="so whoever knows the noise knows the picture, and guessing one is guessing the other.",
     cases=_images(SCHEDULE.alpha_bar),
 )

@@ -78,7 +78,7 @@ ddpm_step = Check(
             + sqrt(_posterior(x_t, eps, a_t, a_s)[1]) * z),
         "You used `eps`, the predicted noise, where fresh noise `z` is added.": lambda x_t, eps, z, a_t, a_s: _ddpm(x_t, eps, eps, a_t, a_s),
     },
-    task="`ddpm_step` draws $x_s$ from the posterior, equation (4): the mean of $\\hat x_0$ and $x_t$ with its two weights, plus the root of the variance times `z`.",
+    task="`ddpm_step` draws $x_s$ from the posterior, equation (6): the mean of $\\hat x_0$ and $x_t$ with its two weights, plus the root of the variance times `z`.",
     praise="where DDIM walks, DDPM walks and is pushed, and both arrive.",
     cases=lambda: [(x_t, eps, seeded(*x_t.shape, seed=90 + n), a_t, a_s) for n, (x_t, eps, a_t, a_s) in enumerate(_steps())],
 )
@@ -125,7 +125,7 @@ heun_step = Check(
         "That is the midpoint method: a good one, of second order too, but Heun looks at the *end* of the step.": lambda x, t, s, slope: (
             x + (s - t) * slope(x + (s - t) / 2 * slope(x, t), (s + t) / 2)),
     },
-    task="`heun_step`: Euler's step, the slope where it lands (at `sigma_s`), then the step again from the start with the mean of both slopes, equation (5).",
+    task="`heun_step`: Euler's step, the slope where it lands (at `sigma_s`), then the step again from the start with the mean of both slopes, equation (4).",
     praise="two calls of the network for one step, and an error that falls with the square of its length.",
     cases=lambda: [(seeded(2, 4, 3, 3, seed=n), t, s, _slope) for n, (t, s) in enumerate(((14.6, 7.0), (2.0, 1.1), (0.4, 0.1)))],
 )
@@ -149,7 +149,7 @@ look_ahead = Check(
         "You returned the trend alone; it is added to $\\hat x_0$.": lambda x0, before, h, h_before: (x0 - before) * (h / (2 * h_before)),
         "That is the mean of the two guesses, which looks back; here you look ahead.": lambda x0, before, h, h_before: (x0 + before) / 2,
     },
-    task="`look_ahead` continues the trend of the last two guesses $\\hat x_0$ to the middle of the coming step, equation (6).",
+    task="`look_ahead` continues the trend of the last two guesses $\\hat x_0$ to the middle of the coming step, equation (5).",
     praise="second order for one call a step: the past is free.",
     cases=lambda: [(seeded(2, 4, 3, 3, seed=n), seeded(2, 4, 3, 3, seed=70 + n), h, b) for n, (h, b) in enumerate(((0.5, 0.4), (0.2, 0.9)))],
 )
