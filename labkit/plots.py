@@ -3,6 +3,7 @@
     word_heatmaps(image, heatmaps)         where each word had the attention
     trajectory(x_t, x0, t)                 what the network was given at a step, and what it took the picture to be
     guidance_sweep(images, scales, seeds)  the same prompt under several guidance scales
+    guidance_trade(runs, renders)          what a stronger guidance gains and costs, as TabletopEval measures it
 
 Each figure is made without pyplot, so it belongs to nobody's global state and may be drawn in a thread or a widget's
 callback. Maps of colour are perceptually uniform, panels that are compared share their limits, and every figure carries
@@ -32,6 +33,10 @@ MAP = "magma"  # lightness rises evenly, also in grey and to colour-blind eyes
 TINT = 0.65  # how much of a panel is the map's colour; the rest is the greyed picture
 LARGEST = 3.2  # inches: a picture of 128 pixels is not worth more
 DPI = 100
+TRADE = {
+    "six": "right pictures, % (six categories)", "diversity": "how much seeds differ",
+    "saturation": "saturation of colours", "frechet": "Fréchet distance from renders",
+}  # fmt: skip
 
 
 def word_heatmaps(image: Image, heatmaps: Sequence["HeatMap"], title: str | None = None) -> "Figure":
@@ -111,6 +116,40 @@ def guidance_sweep(
         f"A grid of pictures of one prompt: guidance scales {', '.join(f'{w:g}' for w in scales)} from left to right, "
         f"seeds {', '.join(map(str, seeds))} from top to bottom."
     )
+    return figure
+
+
+def guidance_trade(runs: Sequence[dict], renders: dict[str, float], title: str | None = None) -> "Figure":
+    """Four curves over the guidance scale: right pictures, diversity, saturation, distance from renders; the last two beside those of renders.
+
+    runs, renders: as `labkit.training.evaluate.evaluate` returns them. Raises LabkitError for fewer than two scales.
+    """
+    from matplotlib.figure import Figure
+
+    runs = sorted(runs, key=lambda run: run["guidance"])
+    if len(runs) < 2:
+        raise LabkitError("A curve over the guidance scale needs two scales or more: evaluate with --guidance 1,2,4,8.")
+    w = [run["guidance"] for run in runs]
+    figure = Figure(figsize=(WIDTH, 7.0), dpi=DPI, layout="constrained")
+    figure.suptitle(title or "What the guidance scale $w$ gains and costs", fontsize=TITLE)
+    share, low, high = ([100 * run["six"][name] for run in runs] for name in ("share", "low", "high"))
+    curves = {name: share if name == "six" else [run.get(name, float("nan")) for run in runs] for name in TRADE}
+    for ax, (name, says) in zip(figure.subplots(2, 2, sharex=True).flat, TRADE.items()):
+        ax.plot(w, curves[name], "o-", color="#31688e", linewidth=2.5, markersize=8)
+        if name == "six":
+            ax.fill_between(w, low, high, color="#31688e", alpha=0.2, linewidth=0)
+        elif name in renders:
+            ax.axhline(renders[name], color="#666666", linestyle="--", linewidth=2, label="renders")
+            ax.legend(fontsize=SMALL, frameon=False)
+        ax.set_title(says, fontsize=LABEL)
+        ax.tick_params(labelsize=SMALL)
+        ax.margins(x=0.04, y=0.15)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in figure.axes[2:]:
+        ax.set_xlabel("guidance scale $w$", fontsize=LABEL)
+    said = [f"{says}: {', '.join(f'{value:.3g}' for value in curves[name])}" for name, says in TRADE.items()]
+    best = w[share.index(max(share))]
+    figure.labkit_alt = f"Four curves over guidance scales {', '.join(f'{x:g}' for x in w)}. {'; '.join(said)}. Most are right at {best:g}."
     return figure
 
 
