@@ -2,8 +2,9 @@
 
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
     python -m labkit train clip|vae|diffusion|verifier|all
-    python -m labkit evaluate [MODEL]
     python -m labkit measure edits|grounding [MODEL]
+    python -m labkit evaluate [MODEL] [--quick] [--guidance 1,2,4]
+    python -m labkit verify [MODEL]
     python -m labkit info [MODEL]
     python -m labkit convert model.ckpt FOLDER|model.safetensors
 
@@ -77,13 +78,24 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
 
-    it = command("evaluate", evaluate, "Count how often the model draws what it is told, and measure its autoencoder.")
+    it = command("evaluate", evaluate, "TabletopEval: count how often the model draws what it is told, measure its pictures; goes on where it stopped.")
     model_options(it, "model")
-    it.add_argument("--prompts", type=int, default=100, help="how many (default 100)")
-    it.add_argument("--seed", type=int, default=0)
-    it.add_argument("--steps", type=int)
-    it.add_argument("--guidance", type=float, metavar="W")
-    it.add_argument("--out", metavar="DIR", help="also write the figures and contact sheets there")
+    it.add_argument("--quick", action="store_true", help="10 prompts a category, 2 pictures each, 100 captions: some minutes, wide intervals")
+    it.add_argument("--prompts", type=int, help="a category (default 100)")
+    it.add_argument("--seeds", type=int, help="pictures a prompt, 1 to 4 (default 4)")
+    it.add_argument("--captions", type=int, help="pictures for the distances (default 500)")
+    it.add_argument("--seed", type=int, default=0, help="where the noise comes from (default 0)")
+    it.add_argument("--steps", type=int, help="sampling steps (default: the model's own)")
+    it.add_argument("--guidance", type=scales, metavar="W,W,...", help="guidance scales, one or several (default: the model's own)")
+    it.add_argument("--audit", type=int, default=0, metavar="N", help="also compare with the first N training pictures: is anything learnt by heart?")
+    it.add_argument("--data", metavar="DIR", help="where renders are kept, made there if need be (default: runs/tabletop/data)")
+    it.add_argument("--out", metavar="DIR", help="where the figures, verdicts and sheets go (default: runs/evaluation/MODEL)")
+
+    it = command("verify", verify, "Publish the errors of the reader of pictures: on renders, and on what a model's autoencoder makes of them.")
+    model_options(it, "model")
+    it.add_argument("--pictures", type=int, default=5000, help="test renders (default 5000)")
+    it.add_argument("--data", metavar="DIR", help="where renders are kept, made there if need be (default: runs/tabletop/data)")
+    it.add_argument("--write", action="store_true", help="also leave the figures beside the reader's weights, in data/verifier")
 
     it = command("measure", measure, "Measure what an instrument says against what is true of the tabletop world; goes on where a run stopped.")
     it.add_argument("what", choices=("edits", "grounding"), help="edits: Prompt-to-Prompt against the true counterfactual; grounding: words' attention against their objects")
@@ -178,24 +190,58 @@ def train(a: argparse.Namespace) -> None:
 
 
 def evaluate(a: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from labkit.training.draw import QUICK, Plan
+    from labkit.training.evaluate import RENDERS
     from labkit.training.evaluate import evaluate as measure
 
-    if a.out:
-        check_writable(Path(a.out))
-    measure(opened(a), a.out, prompts=a.prompts, seed=a.seed, guidance=a.guidance, steps=a.steps)
+    lab = fast(opened(a))
+    out = Path(a.out or Path("runs") / "evaluation" / Path(lab.name).name)
+    check_writable(out)
+    asked = {"prompts": a.prompts, "seeds": a.seeds, "captions": a.captions, "guidance": a.guidance, "steps": a.steps, "seed": a.seed, "audit": a.audit}
+    plan = replace(QUICK if a.quick else Plan(), **{name: value for name, value in asked.items() if value is not None})
+    found = measure(lab, out, plan, a.data or RENDERS)
+    if len(found["runs"]) > 1:
+        from labkit import plots
+
+        plots.save(plots.guidance_trade(found["runs"], found["renders"], f"{lab.name}: what the guidance scale $w$ gains and costs"), out / "guidance.png")
+    print(f"figures, verdicts and sheets are in {out}")
+
+
+def verify(a: argparse.Namespace) -> None:
+    from labkit.training import verifier_errors
+    from labkit.training.evaluate import RENDERS
+
+    found = verifier_errors.publish(fast(opened(a)), Path(a.data or RENDERS), a.pictures)
+    print(verifier_errors.table(found))
+    if a.write:
+        verifier_errors.write(found)
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """Guidance scales as they are said on the command line."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of guidance scales; say for example 1,2,4") from None
+
+
+def fast(lab: "labkit.LatentDiffusion") -> "labkit.LatentDiffusion":
+    """The same model, optimised where it can be."""
+    from labkit.packing import available
+
+    return labkit.optimize(lab) if lab.device.type == "cpu" and available() else lab
 
 
 def measure(a: argparse.Namespace) -> None:
     """WHAT.json, WHAT.txt and a figure."""
     from labkit.measure import edits, edits_report, grounding, grounding_report
-    from labkit.packing import available
 
     plan, report = {"edits": (edits.Plan, edits_report), "grounding": (grounding.Plan, grounding_report)}[a.what]
     plan, out = plan(steps=a.steps, guidance=a.guidance, **({"scenes": a.scenes} if a.scenes is not None else {})), Path(a.out or Path("out") / a.what)
     check_writable(out)
-    lab = opened(a)
-    lab = labkit.optimize(lab) if lab.device.type == "cpu" and available() else lab
-    print(report.table(report.run(lab, out, plan, progress=sys.stderr.isatty())))
+    print(report.table(report.run(fast(opened(a)), out, plan, progress=sys.stderr.isatty())))
     print(f"{a.what}.json, {a.what}.txt and the figure are in {out}")
 
 

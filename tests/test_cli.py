@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,17 +263,23 @@ def test_info(run, model):
 
 
 def test_train_and_evaluate_hand_on_what_they_are_told(run, model, tmp_path, monkeypatch):
-    from labkit.training import evaluate, tabletop
+    from labkit.training import draw, evaluate, tabletop, verifier_errors
 
-    told = []
+    told, quick = [], draw.QUICK
     monkeypatch.setattr(tabletop, "train", lambda *a: told.append(a))
-    monkeypatch.setattr(evaluate, "evaluate", lambda lab, out, **o: told.append((lab.name, out, o)))
+    monkeypatch.setattr(evaluate, "evaluate", lambda lab, out, plan, data: told.append((lab.name, out, plan, data)) or {"runs": [], "renders": {}})
+    monkeypatch.setattr(verifier_errors, "publish", lambda lab, data, pictures: told.append((lab.name, data, pictures)) or {})
     assert run("train", "vae", "--preset", "smoke", "--folder", tmp_path, "--device", "cpu")[0] == 0
     assert run("train", "all")[0] == 0
     assert run("evaluate", model, "--prompts", 5, "--steps", 3)[0] == 0
+    assert run("evaluate", model, "--quick", "--seeds", 3, "--guidance", "1,2.5,8", "--audit", 500, "--data", tmp_path, "--out", tmp_path / "out")[0] == 0
+    assert run("verify", model, "--pictures", 40)[0] == 0
     assert told[0] == ("vae", tmp_path, tabletop.PRESETS["smoke"], "cpu")
     assert told[1] == ("all", Path("runs/tabletop"), tabletop.PRESETS["tabletop"], None)
-    assert told[2] == ("tiny", None, {"prompts": 5, "seed": 0, "steps": 3, "guidance": None})
+    assert told[2] == ("tiny", Path("runs/evaluation/tiny"), draw.Plan(prompts=5, steps=3), evaluate.RENDERS)
+    assert told[3] == ("tiny", tmp_path / "out", replace(quick, seeds=3, guidance=(1.0, 2.5, 8.0), audit=500), str(tmp_path))
+    assert told[4] == ("tiny", evaluate.RENDERS, 40)
+    assert run("evaluate", model, "--guidance", "1,x")[2][0].count("no list of guidance scales") == 1
     for bad, says in ((["train", "all", "--preset", "huge"], "'huge'"), (["train", "unet"], "invalid choice: 'unet'"), (["paint"], "'paint'"), ([], "COMMAND")):
         code, out, err = run(*bad)
         assert (code, out, len(err)) == (2, [], 1) and says in err[0]

@@ -41,10 +41,14 @@ def make(kind, wide=False):
         return plots.word_heatmaps(image, heatmaps(3 if wide else 7))
     if kind == "trajectory":
         return plots.trajectory([image] * 6, [image] * 6, (999, 799, 599, 399, 199, 49))
+    if kind == "trade":
+        runs = [{"guidance": w, "six": {"share": a, "low": a - 0.05, "high": a + 0.04}, "diversity": d, "saturation": s, "frechet": f}
+                for w, a, d, s, f in ((4.0, 0.82, 0.31, 0.20, 9.0), (1.0, 0.40, 0.55, 0.15, 14.0), (2.0, 0.71, 0.42, 0.17, 8.0), (8.0, 0.84, 0.24, 0.27, 16.0))]
+        return plots.guidance_trade(runs[: 2 if wide else 4], {"saturation": 0.18, "frechet": 2.0})
     return plots.guidance_sweep([[image] * 4] * 3, (1.0, 2.0, 4.0, 7.5), (0, 1, 2))
 
 
-KINDS = ("words", "trajectory", "sweep")
+KINDS = ("words", "trajectory", "sweep", "trade")
 
 
 def looking(kind):
@@ -115,6 +119,9 @@ def test_legible_on_a_projector_and_nothing_cut_off(kind, wide):
         box = text.get_window_extent()
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, text.get_text()
     panels = [ax.get_window_extent() for ax in figure.axes if ax.get_visible() and ax.images]
+    assert bool(panels) == (kind != "trade")
+    if kind == "trade":
+        return  # curves, no pictures to be stretched
     assert panels[0].width / panels[0].height == pytest.approx(1.5 if wide else 1, rel=0.02)  # not stretched
     assert sum(p.width * p.height for p in panels) > 0.5 * width * height or wide  # pictures, not margins
 
@@ -171,7 +178,7 @@ def test_dollars_in_a_prompt_are_dollars():
 def test_every_figure_says_what_it_shows(kind):
     alt = make(kind).labkit_alt
     assert 60 < len(alt) < 500 and "\n" not in alt and alt.endswith(".")
-    assert {"words": "“a” (30%, top left)", "trajectory": "999, 799", "sweep": "1, 2, 4, 7.5"}[kind] in alt
+    assert {"words": "“a” (30%, top left)", "trajectory": "999, 799", "sweep": "1, 2, 4, 7.5", "trade": "40, 71, 82, 84"}[kind] in alt
 
 
 def test_saved_with_its_words_inside(tmp_path):
@@ -255,3 +262,13 @@ def test_data_that_does_not_fit_is_one_line(call):
     with pytest.raises(LabkitError) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_trade_is_over_scales_in_order_and_says_the_best():
+    figure = make("trade")
+    line = figure.axes[0].lines[0]
+    assert list(line.get_xdata()) == [1, 2, 4, 8] and list(line.get_ydata()) == pytest.approx([40, 71, 82, 84])
+    assert "Most are right at 8." in figure.labkit_alt and "0.15, 0.17, 0.2, 0.27" in figure.labkit_alt
+    assert len(figure.axes[2].lines) == 2 and figure.axes[2].lines[1].get_ydata()[0] == 0.18, "beside the renders"
+    with pytest.raises(LabkitError, match="two scales"):
+        plots.guidance_trade([{"guidance": 1.0, "six": {"share": 1, "low": 1, "high": 1}}], {})

@@ -2,7 +2,7 @@
 
     words.py         word_heatmaps(image, heatmaps)         where each word had the attention
     trajectories.py  trajectory(x_t, x0, t)                 what the network was given at a step, and what it took the picture to be
-    guidance.py      guidance_sweep(images, scales, seeds)  the same prompt under several guidance scales
+    guidance.py      guidance_sweep(images, scales, seeds)  the same prompt under several guidance scales; guidance_trade(runs, renders), what it gains and costs
     course.py        strips, curves, maps, arrows, clouds   pictures in rows, lines, numbers over places, vectors and points in a plane
     grounding.py     grounding_atlas(found)                 how well each head's map finds its word's object, and averages beside baselines
     edits.py         edit_panels(edit), edit_frontier(...)  source, edit, difference and maps; what the schedules of edits buy
@@ -26,7 +26,7 @@ from labkit.plots.course import arrows, clouds, curves, maps, strips
 from labkit.plots.edits import edit_frontier, edit_panels
 from labkit.plots.files import described, png, save, show, write
 from labkit.plots.grounding import grounding_atlas
-from labkit.plots.guidance import guidance_sweep
+from labkit.plots.guidance import guidance_sweep, guidance_trade
 from labkit.plots.matrix import matrix
 from labkit.plots.measures import measures
 from labkit.plots.paths import latent_paths
@@ -36,7 +36,7 @@ from labkit.plots.trajectories import trajectory
 from labkit.plots.words import place, word_heatmaps
 
 __all__ = [
-    *("word_heatmaps", "trajectory", "guidance_sweep", "edit_panels", "edit_frontier", "grounding_atlas"),
+    *("word_heatmaps", "trajectory", "guidance_sweep", "guidance_trade", "edit_panels", "edit_frontier", "grounding_atlas"),
     *("strips", "curves", "maps", "arrows", "clouds"),
     *("rows_of_pictures", "measures", "latent_paths", "matrix", "table"),
     *("show", "save", "png", "write", "described"),

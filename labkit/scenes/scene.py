@@ -149,18 +149,8 @@ def sample_scene(
         if held_out == "only":
             objects = _plant_held_out(rng, objects)
         light = _draw(rng, "light", LIGHTS, weights)
-        scene = Scene(
-            tuple(objects),
-            table=_draw(rng, "table", TABLES, weights),
-            light=light,
-            style=_draw(rng, "style", tuple(styles), weights),
-            yaw=round(rng.uniform(-0.05, 0.05), 4),
-            pitch=round(rng.uniform(0.44, 0.50), 4),
-            distance=round((6.9 + 0.2 * (count - 1)) * rng.uniform(0.97, 1.04), 4),
-            azimuth=round(_azimuth(rng, light), 4),
-            elevation=round(math.radians(rng.uniform(*ELEVATION[light])), 4),
-            tone=round(rng.random(), 4),
-        )
+        table, style = _draw(rng, "table", TABLES, weights), _draw(rng, "style", tuple(styles), weights)
+        scene = _with_view(rng, Scene(tuple(objects), table=table, light=light, style=style))
         if held_out != "any" and is_held_out(scene) != (held_out == "only"):
             continue
         placed = _place(rng, scene)
@@ -178,6 +168,27 @@ def with_object(rng: np.random.Generator, scene: Scene, obj: Object, tries: int 
         if _fits(candidate, screen_box(camera, candidate), placed, boxes):
             return replace(scene, objects=(*scene.objects, candidate))
     return None
+def rearranged(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Another scene of the same specification: the same objects, table, light and style; places, turns, camera and lamp are drawn anew."""
+    for _ in range(1000):
+        turned = tuple(replace(obj, angle=round(rng.uniform(0, math.pi / 2), 4)) for obj in scene.objects)
+        placed = _place(rng, _with_view(rng, replace(scene, objects=turned)))
+        if placed is not None:
+            return placed
+    raise LabkitError(f"no other arrangement found of {len(scene.objects)} objects in 1000 tries; take some away")
+
+
+def _with_view(rng, scene: Scene) -> Scene:
+    """The scene with its camera, its lamp's place and its table's tint drawn anew."""
+    return replace(
+        scene,
+        yaw=round(rng.uniform(-0.05, 0.05), 4),
+        pitch=round(rng.uniform(0.44, 0.50), 4),
+        distance=round((6.9 + 0.2 * (len(scene.objects) - 1)) * rng.uniform(0.97, 1.04), 4),
+        azimuth=round(_azimuth(rng, scene.light), 4),
+        elevation=round(math.radians(rng.uniform(*ELEVATION[scene.light])), 4),
+        tone=round(rng.random(), 4),
+    )
 
 
 def _draw(rng, what: str, choices: tuple, weights: Mapping[str, Mapping]):

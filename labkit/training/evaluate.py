@@ -1,196 +1,163 @@
-"""How good a model of the tabletop world is, in numbers that can be checked.
+"""TabletopEval: how good a model of the tabletop world is, in numbers that can be checked.
 
-    right(prompt)  the verifier's most probable colour and shape are the prompt's      counted, with Wilson's 95 % interval
-    PSNR = 10 log10(1 / mean (x - y)^2)                                               pictures in [0, 1], mean over pictures
-    SSIM = mean of (2 m_x m_y + c1)(2 s_xy + c2) / ((m_x^2 + m_y^2 + c1)(s_x^2 + s_y^2 + c2))      Wang et al. 2004, eq. 13
+    right(prompt, seed)  what the reader of pictures (scenes/verify.py) reads is what the prompt asks for (scenes/judge.py)
+    score(category)      the mean over its prompts, with a bootstrap interval over prompts (measures.py)
 
-Drawn: 100 prompts of one object, every combination of colour and shape that was trained on, and apart from them the
-combination that was not (purple cones). Encoded and decoded: renders of seeds that are never trained on. The verifier's own
-error, on those renders and on their reconstructions, is stated beside what it counts.
+Prompts are data/prompts.json. First all pictures are drawn and kept (draw.py), then they are read and measured. Beside the categories stand, for each
+guidance scale: diversity (mean distance of pictures of the same prompt), saturation, the share of burnt pixels, and the Frechet distance between pictures of
+captions and renders of the scenes the captions are of.
 """
+
 import json
-import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.errors import LabkitError
 from labkit.models.sources import verify_sums
-from labkit.scenes.captions import SAY
-from labkit.scenes.scene import COLOURS, SHAPES
-from labkit.scenes.verify import WEIGHTS, best, classify, load_classifier, share, shrink
-from labkit.training.data import TEST_SEED, World, renders, scenes
-from labkit.training.verifier import hits, labels
+from labkit.scenes.judge import alone, right
+from labkit.scenes.prompts import CAPTION_SEED, Prompt, load_prompts
+from labkit.scenes.reader import WEIGHTS
+from labkit.scenes.verify import Read, read
+from labkit.training import measures, memorisation, sheets
+from labkit.training.data import TEST_SEED, renders
+from labkit.training.draw import BATCH, UNSAID, Plan, claim, draw, fingerprint, jobs, keep
+from labkit.training.verifier import WORLD
 
-HELD_OUT = ("purple", "cone")
-PAIRS = tuple((colour, shape) for shape in SHAPES for colour in COLOURS if (colour, shape) != HELD_OUT)
-# The plain form first, once with every pair; the others in turn on the way through the pairs a second time, and so on.
-FORMS = ("a {colour} {shape}", "a {size} {colour} {shape}", "a {colour} {material} {shape}", "a {colour} {name} on a {table} table", "a photo of a {colour} {shape} at {time}")
-BATCH = 25
 RENDERS = Path(__file__).parents[2] / "runs" / "tabletop" / "data"  # made there if they are not there yet
+GENEVAL = ("single object", "two objects", "counting", "colour", "position", "attribute binding")
 
 
-def one_object_prompts(count: int = 100) -> list[dict[str, str]]:
-    """`count` prompts of one object: [{"prompt", "colour", "shape"}], every trained pair in turn; the same list every time."""
-    found = []
-    for i in range(count):
-        colour, shape = PAIRS[i % len(PAIRS)]
-        lap = i // len(PAIRS)
-        found.append(_worded(FORMS[0] if lap == 0 else FORMS[1 + i % (len(FORMS) - 1)], colour, shape, i))
-    return found
+def evaluate(lab, out: str | Path, plan: Plan = Plan(), data: str | Path = RENDERS, quiet: bool = False) -> dict:
+    """Draw, read, count; the figures as a dict, printed, and written to `out`: evaluation.json, for each scale a folder of sheets, verdicts and samples.
 
-
-def held_out_prompts(count: int = 20) -> list[dict[str, str]]:
-    """`count` prompts of the combination that training left out, plain and varied in turn."""
-    return [_worded(FORMS[i % len(FORMS)], *HELD_OUT, i) for i in range(count)]
-
-
-def _worded(form: str, colour: str, shape: str, i: int) -> dict[str, str]:
-    words = {
-        "colour": colour, "shape": shape, "name": SAY[shape][-1], "size": ("large", "small")[i // 4 % 2], "material": ("rubber", "metal")[i // 4 % 2],
-        "table": ("plain", "checkered", "wooden")[i // 4 % 3], "time": ("night", "sunset")[i // 4 % 2],
-    }  # fmt: skip
-    return {"prompt": form.format(**words).replace("a orange", "an orange"), "colour": colour, "shape": shape}
-
-
-def evaluate(lab, out=None, prompts: int = 100, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options) -> dict:
-    """Draw, reconstruct, count; the figures as a dict, printed, and with `out` also written: evaluation.json and contact sheets.
-
-    lab: a LatentDiffusion. Options: `pictures` (test renders to reconstruct, 500), `data` (where renders are kept, the
-    project's runs/tabletop/data), `held_out` (prompts of purple cones, 20), `quiet` (no table, no progress). Raises LabkitError.
+    lab: a LatentDiffusion; data: where renders are kept. Goes on with what is in `out` already. Raises LabkitError if that is of another model or plan.
     """
-    options = {"pictures": 500, "data": RENDERS, "held_out": 20, "quiet": False} | options
-    if len(options) > 4 or prompts < 1 or options["pictures"] < 1 or options["held_out"] < 0:
-        raise LabkitError("evaluate takes prompts >= 1 and the options pictures >= 1, data, held_out >= 0, quiet")
-    if out is not None and Path(out).is_file():
-        raise LabkitError(f"{out} is a file; name a folder for the figures")
+    out, prompts = Path(out), load_prompts()
     verify_sums(WEIGHTS)
-    classifier = load_classifier()
-    recipe = {"seed": seed, "guidance": guidance, "steps": steps}
-    drawn = draw(lab, one_object_prompts(prompts), classifier, recipe, options["quiet"])
-    unseen = draw(lab, held_out_prompts(options["held_out"]), classifier, recipe, options["quiet"])
-    found = {
-        "model": lab.name,
-        "seed": seed,
-        "guidance": lab.defaults["guidance"] if guidance is None else guidance,
-        "steps": lab.defaults["steps"] if steps is None else steps,
-        "prompts": counts(drawn),
-        **({"held-out prompts (purple cones)": counts(unseen)} if unseen else {}),
-        **reconstruct(lab, classifier, options["pictures"], options["data"]),
-    }
-    if not options["quiet"]:
+    scales = [lab.defaults["guidance"] if w is None else w for w in plan.guidance]
+    steps = lab.defaults["steps"] if plan.steps is None else plan.steps
+    plain = {name: getattr(plan, name) for name in ("seed", "seeds", "prompts", "captions")}
+    claim(out, {"model": lab.name, "weights": fingerprint(lab), "steps": steps, **plain})
+    tower = measures.load_tower()
+    true = renders(WORLD, CAPTION_SEED, plan.captions, Path(data))
+    other = renders(WORLD, TEST_SEED, plan.captions, Path(data))
+    found = {"model": lab.name, "steps": steps, "seeds": plan.seeds, "prompts": plan.prompts, "runs": [],
+             "renders": whole(true) | {"frechet": round(measures.frechet(vectors(tower, other), vectors(tower, true)), 3)},
+             "reconstruction": reconstruction(lab, renders(WORLD, TEST_SEED, plan.reconstructions, Path(data)))}
+    for w in scales:
+        folder = out / f"w-{w:g}"
+        drawn = draw(lab, jobs(prompts, plan), folder, {"guidance": w, "steps": steps}, quiet)
+        found["runs"].append({"guidance": w, **judged(prompts, drawn, folder), **pictured(tower, drawn, true)})
+        if plan.audit:
+            captioned = np.stack([picture for _, picture in drawn["captions"]])
+            found["runs"][-1]["audit"] = memorisation.audit(captioned, true, other, Path(data), plan.audit)
+        keep(out / "evaluation.json", (json.dumps(found, indent=1) + "\n").encode())
+    if not quiet:
         print(table(found))
-    if out is not None:
-        write(found, drawn, unseen, Path(out))
     return found
 
 
-def draw(lab, wanted: list[dict], classifier, recipe: dict, quiet: bool = True) -> list[dict]:
-    """The prompts with their pictures and what the verifier sees in them: [{..., "image", "seen", "seed"}]; picture i has seed + i."""
-    from tqdm.auto import tqdm
-
-    found = []
-    for start in tqdm(range(0, len(wanted), BATCH), desc="drawing", unit=f" x {BATCH}", disable=quiet):
-        part = wanted[start : start + BATCH]
-        seeds = [recipe["seed"] + start + i for i in range(len(part))]
-        images = lab.generate([p["prompt"] for p in part], seed=seeds, guidance=recipe["guidance"], steps=recipe["steps"], progress=False).images
-        for p, image, seen, number in zip(part, images, classify(images, classifier), seeds):
-            found.append({**p, "seed": number, "image": image, "seen": best(seen)})
-    return found
+# --- what is measured ---------------------------------------------------------------------------------------------
 
 
-def counts(drawn: list[dict]) -> dict:
-    """How many pictures have the prompt's colour, its shape, both, and both with nothing beside them."""
-    right = {name: [d["seen"][name] == d[name] for d in drawn] for name in ("colour", "shape")}
-    right["colour and shape"] = [c and s for c, s in zip(right["colour"], right["shape"])]
-    right["both, and one object"] = [b and d["seen"]["count"] == "one" for b, d in zip(right["colour and shape"], drawn)]
-    return {name: share(sum(row), len(row)) for name, row in right.items()}
+def judged(prompts: Sequence[Prompt], drawn: dict, folder: Path) -> dict:
+    """The scores of the categories; leaves verdicts.json and the sheets in the folder."""
+    verdicts, scores = {}, {}
+    for category, row in drawn.items():
+        if category == "captions":
+            continue
+        readings = read(np.stack([picture for _, picture in row]))
+        rows = [{**asdict(job), "right": right(said, prompts[job.prompt].wants), "alone": alone(said, prompts[job.prompt].wants), "read": short(said)}
+                for (job, _), said in zip(row, readings)]
+        verdicts[category] = rows
+        scores[category] = {name: measures.bootstrap([by_prompt(rows, name)]) for name in ("right", "alone")}
+        shown = [{**verdict, "image": picture} for verdict, (_, picture) in zip(rows, row)][:80]
+        keep(folder / f"{category.replace(' ', '-')}.png", sheets.png(sheets.sheet(shown, columns=10)))
+    keep(folder / "verdicts.json", (json.dumps(verdicts, indent=1) + "\n").encode())
+    keep(folder / "samples.png", sheets.png(sheets.grid([picture for _, picture in drawn["captions"][:64]], columns=8)))
+    six = measures.bootstrap([by_prompt(verdicts[category], "right") for category in GENEVAL])
+    return {"six": six, "categories": scores}
 
 
-def reconstruct(lab, classifier, pictures: int, data: Path) -> dict:
-    """PSNR and SSIM of test renders sent through the autoencoder, and the verifier's hits on them before and after."""
-    world, before, after = World(), [], []
-    images = renders(world, TEST_SEED, pictures, Path(data))
-    fidelity = {"psnr": [], "ssim": []}
-    for start in range(0, pictures, BATCH):
-        x = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+def by_prompt(rows: list[dict], name: str) -> list[list[float]]:
+    """The values of `name`, those of one prompt together."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["prompt"], []).append(float(row[name]))
+    return list(found.values())
+
+
+def short(said: Read) -> str:
+    """A reading in words."""
+    things = ", ".join(f"{o.size} {o.colour} {o.material} {o.shape}" for o in said.objects) or "nothing"
+    return f"{things}; {said.table} table, {said.light}, {said.style}"
+
+
+def pictured(tower, drawn: dict, true: np.ndarray) -> dict:
+    """Diversity over the categories' prompts; of the captions' pictures saturation, burnt pixels, and the Frechet distance to the renders `true`."""
+    distances = []
+    for category, row in drawn.items():
+        together: dict[int, list[np.ndarray]] = {}
+        for job, picture in row if category not in ("captions", UNSAID) else ():
+            together.setdefault(job.prompt, []).append(picture)
+        distances += [measures.apart(measures.features(tower, tensor(np.stack(few)))[0]) for few in together.values() if len(few) > 1]
+    captioned = np.stack([picture for _, picture in drawn["captions"]])
+    diversity = {"diversity": round(float(np.mean(distances)), 4)} if distances else {}
+    return diversity | whole(captioned) | {"frechet": round(measures.frechet(vectors(tower, captioned), vectors(tower, true)), 3)}
+
+
+def whole(pictures: np.ndarray) -> dict[str, float]:
+    """Mean saturation and share of burnt pixels of pictures (N, H, W, 3) uint8."""
+    x = tensor(pictures)
+    return {name: round(float(measure(x).mean()), 4) for name, measure in (("saturation", measures.saturation), ("burnt", measures.burnt))}
+
+
+def vectors(tower, pictures: np.ndarray) -> Tensor:
+    return torch.cat([measures.features(tower, tensor(pictures[i : i + 50]))[1] for i in range(0, len(pictures), 50)])
+
+
+def reconstruction(lab, images: np.ndarray) -> dict[str, float]:
+    """PSNR and SSIM of renders sent through the autoencoder, means over pictures."""
+    fidelity: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+    for i in range(0, len(images), BATCH):
+        x = tensor(images[i : i + BATCH])
         y = lab.decode(lab.encode_image(x)).cpu()
-        fidelity["psnr"].append(psnr(x, y))
-        fidelity["ssim"].append(ssim(x, y))
-        before.append(shrink(x))
-        after.append(shrink(y))
-    truth = labels(scenes(world, TEST_SEED, pictures))
-    single = truth[:, 0] == 0
-    found = {"reconstruction": {"pictures": pictures, **{name: round(float(torch.cat(parts).mean()), 3) for name, parts in fidelity.items()}}}
-    if single.any():
-        found["verifier on renders"] = hits(classifier, torch.cat(before)[single], truth[single])
-        found["verifier on reconstructions"] = hits(classifier, torch.cat(after)[single], truth[single])
-    return found
+        fidelity["psnr"].append(measures.psnr(x, y))
+        fidelity["ssim"].append(measures.ssim(x, y))
+    return {"pictures": len(images), **{name: round(float(torch.cat(parts).mean()), 3) for name, parts in fidelity.items()}}
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal to noise of each picture in dB, (B,); x and y (B, 3, H, W) in [0, 1]. Equal pictures give infinity."""
-    return -10 * torch.log10((x - y).pow(2).flatten(1).mean(1))
+def tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
-def ssim(x: Tensor, y: Tensor, side: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity of each picture, (B,); x and y (B, 3, H, W) in [0, 1]. Gaussian window, colours apart, borders left out."""
-    line = torch.exp(-((torch.arange(side) - side // 2) ** 2) / (2 * sigma**2)).to(x)
-    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, side, side)
-
-    def local(z: Tensor) -> Tensor:
-        return F.conv2d(z, window, groups=3)  # (B, 3, H - 10, W - 10)
-
-    c1, c2 = 0.01**2, 0.03**2
-    mx, my = local(x), local(y)
-    vx, vy, cov = local(x * x) - mx * mx, local(y * y) - my * my, local(x * y) - mx * my
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).flatten(1).mean(1)
+# --- what is said -------------------------------------------------------------------------------------------------
 
 
 def table(found: dict) -> str:
-    """The figures as lines of text."""
-    lines = [f"{found['model']}: guidance {found['guidance']}, {found['steps']} steps, seeds from {found['seed']}"]
-    for title, rows in found.items():
-        if not isinstance(rows, dict):
-            continue
-        lines.append(title)
-        for name, value in rows.items():
-            if isinstance(value, dict):
-                lines.append(f"  {name:<24}{value['right']:>5} of {value['n']:<5}{value['share']:>7.1%}   95 % in {value['low']:.1%} .. {value['high']:.1%}")
-            else:
-                lines.append(f"  {name:<24}{value:>9}")
+    """The figures as lines of text: a column for each guidance scale; in brackets the 95 % interval, behind it the share with nothing beside what is asked."""
+    runs, wide = found["runs"], 30
+    lines = [f"{found['model']}: {found['steps']} steps, {found['prompts']} prompts a category, {found['seeds']} pictures each",
+             "in %: right [95 % interval], right and with nothing beside it",
+             f"{'guidance':<20}" + "".join(f"{run['guidance']:>{wide}g}" for run in runs)]
+
+    def shares(row: dict) -> str:
+        said = f"{100 * row['right']['share']:.1f} [{100 * row['right']['low']:.1f}, {100 * row['right']['high']:.1f}]"
+        return said + (f" {100 * row['alone']['share']:5.1f}" if "alone" in row else "      ")
+
+    for category in runs[0]["categories"]:
+        lines.append(f"{category:<20}" + "".join(f"{shares(run['categories'][category]):>{wide}}" for run in runs))
+    lines.append(f"{'mean of first six':<20}" + "".join(f"{shares({'right': run['six']}):>{wide}}" for run in runs))
+    for name in ("diversity", "saturation", "burnt", "frechet"):
+        if any(name in run for run in runs):
+            beside = f"    renders: {found['renders'][name]}" if name in found["renders"] else ""
+            lines.append(f"{name:<20}" + "".join(f"{run.get(name, float('nan')):>{wide}}" for run in runs) + beside)
+    lines += [f"guidance {run['guidance']:g}: {memorisation.sentence(run['audit'])}" for run in runs if "audit" in run]
+    again = found["reconstruction"]
+    lines.append(f"autoencoder on {again['pictures']} test renders: PSNR {again['psnr']} dB, SSIM {again['ssim']}")
     return "\n".join(lines)
-
-
-def sheet(drawn: list[dict], columns: int = 10):
-    """The pictures with their prompts, and in orange what the verifier saw instead where it is not that; a PIL image."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side, strip, font = 128, 26, ImageFont.load_default(size=8)
-    rows = -(-len(drawn) // columns)
-    paper = Image.new("RGB", (columns * (side + 4), rows * (side + strip + 4)), "white")
-    pen = ImageDraw.Draw(paper)
-    for i, d in enumerate(drawn):
-        x, y = i % columns * (side + 4) + 2, i // columns * (side + strip + 4) + 2
-        paper.paste(d["image"].resize((side, side)), (x, y))
-        pen.text((x, y + side + 1), d["prompt"], fill="black", font=font)
-        wrong = [d["seen"][name] for name in ("colour", "shape") if d["seen"][name] != d[name]]
-        wrong += ["several objects"] if d["seen"]["count"] != "one" else []
-        if wrong:
-            pen.text((x, y + side + 12), "seen: " + ", ".join(wrong), fill="#c04000", font=font)
-            pen.rectangle((x - 1, y - 1, x + side, y + side), outline="#c04000", width=2)
-    return paper
-
-
-def write(found: dict, drawn: list[dict], unseen: list[dict], out: Path) -> None:
-    """Leave evaluation.json (figures, and prompt, seed and verdict of every picture) and the contact sheets in `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [{key: value for key, value in d.items() if key != "image"} for d in drawn + unseen]
-    temporary = out / f".evaluation.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({**found, "pictures": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "evaluation.json")
-    sheet(drawn).save(out / "prompts.png")
-    if unseen:
-        sheet(unseen).save(out / "held-out.png")

@@ -1,11 +1,13 @@
-"""Training of the judge of generated pictures (scenes/verify.py) on renders, and the measure of its own error.
+"""Training of the reader of pictures (scenes/reader.py) on renders.
 
-    L = sum_a CE(head_a(h(x)), a(scene)),   a = count, colour, shape, size, material, table, light
+    L = CE(object) + CE(picture) + mean over objects k of [ mean over its cells (|foot - foot_k| + CE(says)) + CE(mean over its cells of says) ]
+    says = shape, colour, material, size;   picture = light, style, table
 
-What it will see is not renders but what a decoder made of latents: softer, with small errors in patches and in tint. So half
-of the training pictures are blurred, and all get noise at several scales, and a little gain, tint and shift. Unlike the
-diffusion model the judge is shown the held-out combination: a judge that never saw a purple cone would call it something else.
+Small objects count as much as large ones; and since an object's attributes will be read from the mean of its cells, that mean is trained as well
+as every cell for itself. Pictures are spoiled as generation would (degrade.py). Unlike the diffusion model the reader is shown the
+held-out combinations: a reader that never saw a purple cone would call it something else.
 """
+
 import json
 import os
 from dataclasses import dataclass
@@ -19,142 +21,201 @@ from torch import Tensor, nn
 
 from labkit.errors import LabkitError
 from labkit.models.sources import write_sums
+from labkit.scenes.reader import CELLS, MAPS, OBJECT, PICTURE, REACH, SIDE, WEIGHTS, Reader, describe_reader
+from labkit.scenes.render import trace
 from labkit.scenes.scene import Scene, scene_from_seed
-from labkit.scenes.verify import ATTRIBUTES, SIDE, WEIGHTS, Classifier, share, shrink
+from labkit.scenes.surfaces import World as Ground
 from labkit.training.data import TEST_SEED, World, renders, scenes
+from labkit.training.degrade import reconstruct, spoil
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
 
-CONFIG = LoopConfig(steps=2000, batch_size=64, lr=3e-3, warmup=60, cooldown=0.7, weight_decay=0.05, ema_decay=0.99, save_every=50)
-PICTURES, HELD_OUT, TEST = 11_000, 300, 1000  # scenes of the training world; purple cones, as many as of every other pair; scenes to test on
-HELD_OUT_TEST = 200  # purple cones to test on; theirs are the seeds from TEST_SEED on, the training ones come just before
-BLURS = (SIDE, 44, 30, 22)  # the side that pictures are brought down to and up again, one quarter of a batch each
-UNKNOWN = -100  # of a scene with several objects: there is no one colour; cross_entropy leaves it out
+CONFIG = LoopConfig(steps=3300, batch_size=16, lr=2e-3, warmup=100, cooldown=0.36, weight_decay=0.05, ema_decay=0.995, save_every=50)
+WORLD = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # all that the verifier is for
+PICTURES, HELD_OUT, RECONSTRUCTED = 8000, 1500, 2000  # renders to train on; with held-out combinations beside them; of these, also through a VAE
+HELD_OUT_SEED = TEST_SEED - 3000  # of the first of them
+SMALL = 1800  # steps that see pictures of half the side: a quarter of the work, and most can be learnt from them
+MOST = 4  # objects of a scene
+NONE = -100  # the attribute of an object that is not there; cross_entropy leaves it out
+SHIFT = 4  # cells, up to which pictures are moved
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The combination that training leaves out, purple cones, as a world that `renders` can draw."""
+    """The combinations that training leaves out, as a world that `renders` can draw."""
 
-    counts: tuple[int, ...] = (1,)
-    styles: tuple[str, ...] = ("photo",)
+    counts: tuple[int, ...] = WORLD.counts
+    styles: tuple[str, ...] = WORLD.styles
 
     def scene(self, seed: int) -> Scene:
         return scene_from_seed(seed, counts=self.counts, styles=self.styles, held_out="only")
 
 
-class Judgement(nn.Module):
-    """The objective: cross entropy of all heads, and the share of objects with colour and shape both right."""
+# --- what is true -------------------------------------------------------------------------------------------------
 
-    def __init__(self, classifier: Classifier) -> None:
+
+@dataclass(frozen=True)
+class Truth:
+    """What N scenes show, on the reader's cells."""
+
+    owner: Tensor  # (N, 64, 64) uint8: the number of the object seen in the middle of the cell, MOST where there is none
+    foot: Tensor  # (N, MOST, 2) where the objects stand, in cells down and across
+    says: Tensor  # (N, MOST, 4) int64 indices into OBJECT's values; NONE where there is no object
+    picture: Tensor  # (N, 3) int64 indices into PICTURE's values
+
+    def at(self, index: Tensor) -> "Truth":
+        return Truth(*(value[index] for value in vars(self).values()))
+
+
+def truth(of: list[Scene]) -> Truth:
+    """What the scenes show, by tracing one ray a cell."""
+    with torch.inference_mode():
+        owner = torch.stack([owners(scene) for scene in of])
+    foot, says = torch.zeros(len(of), MOST, 2), torch.full((len(of), MOST, len(OBJECT)), NONE)
+    for i, scene in enumerate(of):
+        u, v, _ = scene.camera().project(np.array([(obj.x, obj.y, 0.0) for obj in scene.objects]))
+        foot[i, : len(scene.objects)] = torch.from_numpy(np.stack([v, u], axis=1) * CELLS)
+        says[i, : len(scene.objects)] = torch.tensor([[values.index(getattr(obj, name)) for name, values in OBJECT.items()] for obj in scene.objects])
+    picture = torch.tensor([[values.index(getattr(scene, name)) for name, values in PICTURE.items()] for scene in of])
+    return Truth(owner.clone(), foot, says, picture)
+
+
+def owners(scene: Scene, side: int = CELLS) -> Tensor:
+    """The number of the object seen in the middle of each of side x side cells, (side, side) uint8; MOST where there is none."""
+    middle = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+    owner = trace(Ground(scene, torch.device("cpu")), middle.repeat(side), middle.repeat_interleave(side), side).owner
+    return torch.where(owner < 0, MOST, owner).to(torch.uint8).reshape(side, side)
+
+
+# --- the objective ------------------------------------------------------------------------------------------------
+
+
+class Reading(nn.Module):
+    """The objective, and what is right: the share of objects of which all four attributes are, read from their true cells."""
+
+    def __init__(self, reader: Reader) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.reader = reader
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        logits, labels = self.classifier(batch["image"]), batch["labels"]  # labels (B, number of attributes)
-        losses = {name: F.cross_entropy(logits[name].float(), labels[:, i], ignore_index=UNKNOWN) for i, name in enumerate(ATTRIBUTES)}
-        one = labels[:, 0] == 0
-        right = torch.stack([logits[name].argmax(1) == labels[:, i] for i, name in enumerate(ATTRIBUTES) if name in ("colour", "shape")])
-        return {"loss": sum(losses.values()), "right": right.all(0)[one].float().mean(), **losses}
+        told, true = self.reader(batch["image"]), Truth(*batch["truth"])
+        maps, side = torch.cat([told[name] for name in MAPS], dim=1).permute(0, 2, 3, 1).flatten(0, 2), true.owner.shape[-1]  # (B P, channels), P = side^2
+        cell = (true.owner.flatten() < MOST).nonzero()[:, 0]  # (M,): the cells with objects
+        thing = cell // side**2 * MOST + true.owner.flatten()[cell]  # (M,): the object of each, a number below B MOST
+        area = torch.zeros(true.says[..., 0].numel(), device=cell.device).index_add(0, thing, torch.ones_like(cell, dtype=torch.float32))  # (B MOST,)
+        there = area > 0
+        weight = 1 / area[thing] / there.sum()  # (M,): the mean over objects of the mean over their cells
+        shown = (true.owner < MOST).float().flatten()
+        out = {"object": F.binary_cross_entropy_with_logits(maps[:, 0], shown)}
+        _, foot, *said = maps.index_select(0, cell).split(list(MAPS.values()), dim=1)  # (M, channels) each
+        place = torch.stack([cell // side % side, cell % side], dim=1) + 0.5  # (M, 2)
+        out["foot"] = (weight * (foot - (true.foot.flatten(0, 1)[thing] - place) / REACH).abs().sum(1)).sum()
+        right = there
+        for i, (name, logits) in enumerate(zip(OBJECT, said)):
+            values = true.says[..., i].flatten()  # (B MOST,)
+            mean = torch.zeros(len(area), logits.shape[1], device=cell.device).index_add(0, thing, logits) / area.clamp_min(1)[:, None]  # (B MOST, values)
+            out[name] = (weight * F.cross_entropy(logits, values[thing], reduction="none")).sum() + F.cross_entropy(mean[there], values[there])
+            right = right & (mean.argmax(1) == values)
+        for i, name in enumerate(PICTURE):
+            out[name] = F.cross_entropy(told[name], true.picture[:, i])
+        return {"loss": 4 * out["object"] + 4 * out["foot"] + sum(out[name] for name in (*OBJECT, *PICTURE)), "right": right[there].float().mean(), **out}
 
 
-def labels(of: list[Scene]) -> Tensor:
-    """Index of the true value of every attribute: (N, number of attributes), UNKNOWN where there are several objects."""
-    def row(scene: Scene) -> list[int]:
-        known = {"count": "one" if len(scene.objects) == 1 else "several", "table": scene.table, "light": scene.light}
-        if len(scene.objects) == 1:
-            known |= {name: getattr(scene.objects[0], name) for name in ("colour", "shape", "size", "material")}
-        return [values.index(known[name]) if name in known else UNKNOWN for name, values in ATTRIBUTES.items()]
-
-    return torch.tensor([row(scene) for scene in of])
-
-
-def small(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> uint8 (N, 64, 64, 3), as the judge will see them."""
-    parts = [(shrink(images[i : i + 500]) * 255).round().byte().permute(0, 2, 3, 1) for i in range(0, len(images), 500)]
-    return torch.cat(parts).numpy()
+def moved(image: Tensor, true: Truth, g: torch.Generator) -> tuple[Tensor, Truth]:
+    """Half of the batch mirrored, all of it shifted by up to SHIFT cells; what comes in at a border repeats it, and holds no object."""
+    half = len(image) // 2
+    image = torch.cat([image[:half].flip(3), image[half:]])
+    owner = torch.cat([true.owner[:half].flip(2), true.owner[half:]])
+    foot = torch.cat([torch.stack([true.foot[:half, :, 0], CELLS - true.foot[:half, :, 1]], dim=2), true.foot[half:]])
+    down, across = torch.randint(0, 2 * SHIFT + 1, (2,), generator=g).tolist()
+    pixels = SIDE // CELLS
+    image = F.pad(image, [SHIFT * pixels] * 4, mode="replicate")[..., down * pixels : down * pixels + SIDE, across * pixels : across * pixels + SIDE]
+    owner = F.pad(owner, [SHIFT] * 4, value=MOST)[..., down : down + CELLS, across : across + CELLS]
+    return image, Truth(owner, foot + torch.tensor([SHIFT - down, SHIFT - across]), true.says, true.picture)
 
 
-def blur(x: Tensor, side: int) -> Tensor:
-    """Down to side x side and up again: (B, 3, 64, 64)."""
-    return F.interpolate(F.interpolate(x, size=(side, side), mode="area"), size=x.shape[-2:], mode="bilinear")
+def halved(image: Tensor, true: Truth) -> tuple[Tensor, Truth]:
+    """Pictures at half the side, and what they show on as many cells as there are then."""
+    return F.avg_pool2d(image, 2), Truth(true.owner[:, 1::2, 1::2], true.foot / 2, true.says, true.picture)
 
 
-def spoil(x: Tensor, g: torch.Generator) -> Tensor:
-    """What generation may do to a picture: (B, 3, 64, 64) in [0, 1], before and after; the subject stays what it was."""
-    B = len(x)
+def recipe(reader: Reader, images: list[np.ndarray], of: Truth, source: Tensor, small: int = SMALL) -> Recipe:
+    """Arrays of pictures (N_i, 128, 128, 3) uint8, one after the other; picture j shows what row source[j] of the truth says.
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=g)
-
-    x = x.flip(3) if torch.rand((), generator=g) < 0.5 else x
-    dy, dx = torch.randint(0, 9, (2,), generator=g).tolist()
-    x = F.pad(x, (4, 4, 4, 4), mode="replicate")[..., dy : dy + SIDE, dx : dx + SIDE]
-    x = torch.cat([blur(part, side) if side < SIDE else part for part, side in zip(x.chunk(len(BLURS)), BLURS)])
-    for side, most in ((SIDE, 0.05), (32, 0.05), (8, 0.04)):  # grain, the decoder's patches, and blotches of wrong tint
-        noise = F.interpolate(uniform(-1.7, 1.7, B, 3, side, side), size=(SIDE, SIDE), mode="nearest" if side == SIDE else "bilinear")
-        x = x + uniform(0, most, B, 1, 1, 1) * noise
-    gain, tint, lift = uniform(0.85, 1.15, B, 1, 1, 1), uniform(0.95, 1.05, B, 3, 1, 1), uniform(-0.05, 0.05, B, 1, 1, 1)
-    return (x * gain * tint + lift).clamp(0, 1)
-
-
-def recipe(classifier: Classifier, images: np.ndarray, labels: Tensor) -> Recipe:
-    """Pictures (N, 64, 64, 3) uint8 and the indices of their attributes (N, number of attributes)."""
+    The first `small` steps see them at half the side.
+    """
+    starts = np.cumsum([0, *map(len, images)])
+    if starts[-1] != len(source):
+        raise LabkitError(f"{starts[-1]} pictures come with {len(source)} sources; give one for each")
 
     def batch(step: int, share: Share) -> dict:
         g = share.generator(step)
-        index = torch.randint(len(images), (share.batch_size,), generator=g)
-        x = torch.from_numpy(images[index.numpy()]).permute(0, 3, 1, 2).float() / 255
-        return {"image": share.mine(spoil(x, g)), "labels": share.mine(labels[index])}
+        index = torch.randint(len(source), (share.batch_size,), generator=g)
+        rows = [images[k][j - starts[k]] for j in index.tolist() for k in [int(np.searchsorted(starts, j, side="right")) - 1]]
+        x = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255
+        x, true = moved(x, of.at(source[index]), g)
+        x, true = halved(x, true) if step < small else (x, true)
+        return {"image": share.mine(spoil(x, g)), "truth": tuple(share.mine(value) for value in vars(true).values())}
 
-    return Recipe([Player("verifier", Judgement(classifier), {"classifier": classifier})], batch)
+    return Recipe([Player("verifier", Reading(reader), {"reader": reader})], batch)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
 
 
 def main(folder: str | Path = "runs/tabletop", target: str | Path = WEIGHTS, config: LoopConfig = CONFIG, pictures: int = PICTURES,
-         test_pictures: int = TEST, device: str | None = "cpu") -> dict:
-    """Train the judge in folder/verifier, measure it on renders it never saw, write it to `target`; the measured errors."""
+         lab=None, device: str | None = "cpu") -> Reader:
+    """Train the reader in folder/verifier and write it to `target`; `lab` is the model whose autoencoder spoils pictures, the shipped one if None."""
     folder = Path(folder)
     if folder.is_file():
         raise LabkitError(f"{folder} is a file; name a folder to train in")
     torch.manual_seed(config.seed)
-    cones = renders(HeldOut(), TEST_SEED - HELD_OUT, HELD_OUT + HELD_OUT_TEST, folder / "data" / "held-out", workers=1)
-    images = np.concatenate([small(renders(World(), 0, pictures, folder / "data")), small(cones[:HELD_OUT])])
-    truth = labels(scenes(World(), 0, pictures) + scenes(HeldOut(), TEST_SEED - HELD_OUT, HELD_OUT))
-    classifier = run(recipe(Classifier(), images, truth), config, folder / "verifier", device)["classifier"].cpu()
-    test = renders(World(), TEST_SEED, test_pictures, folder / "data"), labels(scenes(World(), TEST_SEED, test_pictures))
-    figures = errors(classifier, *test) | {
-        f"held-out {name}": row for name, row in errors(classifier, cones[HELD_OUT:], labels(scenes(HeldOut(), TEST_SEED, HELD_OUT_TEST))).items()}
-    save(classifier, target, {"pictures": len(images), "steps": config.steps, "batch_size": config.batch_size, "errors": figures})
-    return figures
+    images, of, source = material(folder, pictures, lab)
+    reader = run(recipe(Reader(), images, of, source), config, folder / "verifier", device)["reader"].cpu()
+    save(reader, target, {"training": {"pictures": len(source), "steps": config.steps, "batch_size": config.batch_size}})
+    return reader
 
 
-def errors(classifier: Classifier, images: np.ndarray, truth: Tensor) -> dict:
-    """The judge's hits on renders, clean and blurred; all attributes on those with one object, the count on all."""
-    x, one, found = shrink(images), truth[:, 0] == 0, {}
-    for side in (SIDE, *BLURS[2:]):
-        name = "renders" if side == SIDE else f"renders, blurred to {side}x{side}"
-        spoiled = x if side == SIDE else blur(x, side)
-        found[name] = hits(classifier, spoiled[one], truth[one]) | {"count": hits(classifier, spoiled, truth)["count"]}
-    return found
+def material(folder: Path, pictures: int = PICTURES, lab=None) -> tuple[list[np.ndarray], Truth, Tensor]:
+    """Renders, renders of held-out combinations, and reconstructions of some of either; what they show; and which row of that each shows."""
+    held_out, shown = min(HELD_OUT, pictures), min(RECONSTRUCTED, pictures)
+    plain = renders(WORLD, 0, pictures, folder / "data")
+    rare = renders(HeldOut(), HELD_OUT_SEED, held_out, folder / "data" / "held-out")
+    again = torch.cat([torch.arange(shown - shown // 4), pictures + torch.arange(min(shown // 4, held_out))])
+    path = folder / "data" / f"reconstructions-{pictures}.npy"
+    if not path.exists():
+        picked = np.concatenate([plain[: shown - shown // 4], rare[: shown // 4]])
+        keep(path, lambda file: np.save(file, reconstruct(lab or shipped(), picked, seed=0)))
+    seen = folder / "data" / f"truth-{pictures}.pt"
+    if not seen.exists():
+        of = truth(scenes(WORLD, 0, pictures) + scenes(HeldOut(), HELD_OUT_SEED, held_out))
+        keep(seen, lambda file: torch.save(vars(of), file))
+    source = torch.cat([torch.arange(pictures + held_out), again])
+    return [plain, rare, np.load(path)], Truth(**torch.load(seen, weights_only=True)), source
 
 
-@torch.no_grad()
-def hits(classifier: Classifier, x: Tensor, truth: Tensor) -> dict:
-    """Of pictures (N, 3, 64, 64): how often each attribute, and colour and shape together, is right, with 95 % intervals."""
-    device = next(classifier.parameters()).device
-    logits = [classifier(part.to(device)) for part in x.split(100)]
-    right = {name: torch.cat([part[name] for part in logits]).argmax(1).cpu() == truth[:, i] for i, name in enumerate(ATTRIBUTES)}
-    right = {"colour and shape": right["colour"] & right["shape"], **right}
-    return {name: share(int(row.sum()), len(row)) for name, row in right.items()}
+def shipped():
+    """The shipped model."""
+    from labkit.checkpoint import load_pipeline
+    from labkit.diffusion import LatentDiffusion
+
+    return LatentDiffusion(**vars(load_pipeline("tabletop", torch.device("cpu"), torch.float32)))
 
 
-def save(classifier: Classifier, target: str | Path, about: dict) -> None:
+def keep(path: Path, write) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def save(reader: Reader, target: str | Path, about: dict) -> None:
     """Write model.safetensors (float16) and config.json, each whole or not at all."""
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in classifier.state_dict().items()}
+    state = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in reader.state_dict().items()}
     save_file(state, target / "model.safetensors.tmp", metadata={"format": "pt"})
-    config = {"widths": classifier.widths, "attributes": ATTRIBUTES, "side": SIDE, **about}
-    (target / "config.json.tmp").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (target / "config.json.tmp").write_text(json.dumps(describe_reader(reader) | about, indent=1) + "\n", encoding="utf-8")
     for name in ("model.safetensors", "config.json"):
         os.replace(target / f"{name}.tmp", target / name)
     write_sums(target)
