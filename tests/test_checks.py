@@ -185,7 +185,7 @@ def test_the_samplers_references_are_the_samplers():
 def test_psnr_is_the_evaluations_and_the_scale_factor_the_trainings():
     from labkit.checks import autoencoder
     from labkit.models.vae import DiagonalGaussian
-    from labkit.training.evaluate import psnr
+    from labkit.training.measures import psnr
     from labkit.training.vae import scale_factor
 
     x, y = seeded(3, 3, 5, 5).sigmoid(), seeded(3, 3, 5, 5, seed=1).sigmoid()

@@ -88,11 +88,11 @@ def planted(where: dict, size=16, layers=("down_blocks.0.attn2", "up_blocks.2.at
 
 def test_planted_attention_has_full_marks_and_another_words_none(lab):
     maps = planted({1: (2, 6, 2, 6), 3: (10, 14, 8, 14)})
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[8:24, 8:24] = True
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[4:12, 4:12] = True
     mine, other = Target("cube", "shape", (1,), (0,)), Target("ball", "shape", (3,), (1,))
     ways = torch.stack([*grounding.methods(lab, maps, mine.tokens), *grounding.baselines(maps, mine, [mine, other], maps)])
-    assert ways.shape == (len(METHODS + BASELINES), 64, 64)
+    assert ways.shape == (len(METHODS + BASELINES), 32, 32)
     ap = dict(zip(METHODS + BASELINES, grounding.average_precision(ways, mask).tolist()))
     assert all(ap[way] > 0.99 for way in (*METHODS, "untrained")), ap
     assert ap["uniform"] == pytest.approx(1 / 16) and ap["another word"] < 1 / 16 + 0.01 and ap["start token"] < 0.1

@@ -132,14 +132,11 @@ def test_rows_by_both_protocols_and_a_stopped_run_goes_on(lab, tmp_path, monkeyp
         measure(lab, replace(PLAN, steps=3), tmp_path, read, progress=False)
 
 
-def test_the_readers_answers(monkeypatch):
-    case = GROUPS[0][0]
-    told = edits.classified(render([case.scene, GROUPS[0][4].changed]).image)
-    one = told[0].objects[0]
-    assert len(told[0].objects) == 1 and (one.shape, one.colour) == (case.scene.objects[0].shape, case.scene.objects[0].colour) and told[0].light == case.scene.light
-    assert [o.shape for o in told[1].objects] == [None, None]
-    monkeypatch.setattr(edits.verify, "read", "the better one", raising=False)
-    assert edits.reader() == "the better one"
+def test_the_reader_sees_what_an_edit_is_judged_by():
+    case, both = GROUPS[0][0], GROUPS[0][4].changed
+    alone, pair = edits.verify.read(render([case.scene, both]).image)
+    assert verified(alone, replace(case, changed=case.scene)) and not verified(alone, case)
+    assert verified(pair, GROUPS[0][4]) and all(one.mask.shape == (128, 128) for one in pair.objects)
 
 
 def row(kind, setting, success, **more):
@@ -176,7 +173,7 @@ def test_the_command(lab, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("labkit.measure.edits.Plan.__init__.__defaults__", (1, (Setting(0.8, 0.2), NO_EDITING), ("noised", "free"), ("colour",), 1, None))
     assert main(["measure", "edits", "--scenes", "1", "--steps", "1", "--out", str(tmp_path / "e")]) == 0
     out = capsys.readouterr().out
-    assert "noised: renders" in out and "free: drawn" in out and "frontier.png are in" in out
+    assert "noised: renders" in out and "free: drawn" in out and "the figure are in" in out
     found = json.loads((tmp_path / "e" / "edits.json").read_text())
     assert len(found["rows"]) == 4 and len(found["frontier"]) == 2 and (tmp_path / "e" / "edits.txt").read_text() in out
     assert (tmp_path / "e" / "frontier.png").read_bytes().startswith(b"\x89PNG")

@@ -74,7 +74,7 @@ def measure(lab: LatentDiffusion, plan: Plan, folder: str | Path, read: Callable
     """
     from tqdm.auto import tqdm
 
-    folder, read = Path(folder), read or reader()
+    folder, read = Path(folder), read or verify.read
     said = json.dumps({"model": lab.name, **asdict(plan)}, sort_keys=True)
     if (folder / "plan.json").exists() and (folder / "plan.json").read_text(encoding="utf-8") != said:
         raise LabkitError(f"{folder} has the rows of another plan; name another folder, or delete it.")
@@ -144,36 +144,3 @@ def write(path: Path, text: str) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
-
-
-# --- readers ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SeenObject:
-    """An object as the small classifier tells it; None is what it cannot tell."""
-
-    shape: str | None
-    colour: str | None
-    material: str | None
-
-
-@dataclass(frozen=True)
-class Seen:
-    objects: tuple[SeenObject, ...]
-    light: str | None
-
-
-def reader() -> Callable:
-    """labkit's own reader of pictures: `verify.read` where there is one, else the classifier of one object."""
-    return verify.read if hasattr(verify, "read") else classified
-
-
-def classified(images: Tensor) -> list[Seen]:
-    """What the classifier sees: one object, or "several", taken for two of which nothing is known."""
-    found = []
-    for answer in verify.classify(images):
-        values = verify.best(answer)
-        one = SeenObject(values["shape"], values["colour"], values["material"])
-        found.append(Seen((one,) if values["count"] == "one" else (SeenObject(None, None, None),) * 2, values["light"]))
-    return found

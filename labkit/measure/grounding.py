@@ -42,7 +42,7 @@ from labkit.tap import listen
 PROTOCOLS = ("forced", "free")
 KINDS = ("shape", "colour", "size", "material", "relation")  # of words that speak of objects
 FIRST_SEED = 30_000_000  # no training, no other measurement begins here
-SIDE = 64  # maps and masks are compared at SIDE x SIDE
+SIDE = 32  # maps and masks are compared at SIDE x SIDE: a cell is 4x4 pixels of a tabletop picture, the finest maps have 16x16
 TAUS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 METHODS = ("mean", "prompt_to_prompt", "daam", "late steps", "spread")
 BASELINES = ("uniform", "centre", "start token", "another word", "untrained")

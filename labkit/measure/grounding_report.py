@@ -17,7 +17,7 @@ import torch
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.measure.edits import write
-from labkit.measure.grounding import BASELINES, FIRST_SEED, KINDS, METHODS, PROTOCOLS, TAUS, Plan, one_scene
+from labkit.measure.grounding import BASELINES, FIRST_SEED, KINDS, METHODS, PROTOCOLS, SIDE, TAUS, Plan, one_scene
 from labkit.models.unet import UNet
 from labkit.probes.grid import sweep
 from labkit.probes.sites import short
@@ -46,7 +46,7 @@ def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), protocols: S
     found = {"model": lab.name, "plan": asdict(plan), "protocols": {}}
     for protocol in protocols:
         mine = replace(plan, protocol=protocol)
-        said, parts = json.dumps({"model": lab.name, **asdict(mine), "scenes": None}, sort_keys=True), out / "parts" / protocol
+        said, parts = json.dumps({"model": lab.name, **asdict(mine), "scenes": None, "side": SIDE, "ways": WAYS}, sort_keys=True), out / "parts" / protocol
         if (parts / "plan.json").exists() and (parts / "plan.json").read_text(encoding="utf-8") != said:
             raise LabkitError(f"{parts} has the scenes of another plan; name another folder, or delete it.")
         write(parts / "plan.json", said)
