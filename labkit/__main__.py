@@ -4,6 +4,7 @@
     python -m labkit train clip|vae|diffusion|verifier|all
     python -m labkit evaluate [MODEL] [--quick] [--guidance 1,2,4]
     python -m labkit verify [MODEL]
+    python -m labkit measure edits [MODEL]
     python -m labkit info [MODEL]
     python -m labkit convert model.ckpt FOLDER|model.safetensors
 
@@ -95,6 +96,14 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--pictures", type=int, default=5000, help="test renders (default 5000)")
     it.add_argument("--data", metavar="DIR", help="where renders are kept, made there if need be (default: runs/tabletop/data)")
     it.add_argument("--write", action="store_true", help="also leave the figures beside the reader's weights, in data/verifier")
+
+    it = command("measure", measure, "Measure what an instrument says against what is true of the tabletop world; goes on where a run stopped.")
+    it.add_argument("what", choices=("edits",), help="edits: Prompt-to-Prompt against the true counterfactual")
+    model_options(it, "model")
+    it.add_argument("--scenes", type=int, default=60, help="how many; each is edited in five ways (default 60)")
+    it.add_argument("--steps", type=int, default=10, help="sampling steps (default 10)")
+    it.add_argument("--guidance", type=float, metavar="W")
+    it.add_argument("--out", default="out/edits", metavar="DIR", help="where table, figure and the parts of the run go (default out/edits)")
 
     it = command("info", info, "Say what a model is made of.")
     model_options(it, "model")
@@ -223,6 +232,17 @@ def fast(lab: "labkit.LatentDiffusion") -> "labkit.LatentDiffusion":
     from labkit.packing import available
 
     return labkit.optimize(lab) if lab.device.type == "cpu" and available() else lab
+
+
+def measure(a: argparse.Namespace) -> None:
+    """edits.json, edits.txt and frontier.png."""
+    from labkit.measure.edits import Plan
+    from labkit.measure.edits_report import run, table
+
+    check_writable(Path(a.out))
+    lab = fast(opened(a))
+    print(table(run(lab, a.out, Plan(scenes=a.scenes, steps=a.steps, guidance=a.guidance), progress=sys.stderr.isatty())))
+    print(f"edits.json, edits.txt and frontier.png are in {a.out}")
 
 
 def info(a: argparse.Namespace) -> None:
