@@ -6,9 +6,9 @@ import torch
 
 from labkit.errors import LabkitError
 from labkit.scenes.render import render_many
-from labkit.scenes.verify import pixels_of
+from labkit.scenes.verify import pixels_of, share
 from labkit.training.data import TEST_SEED, scenes
-from labkit.training.measures import apart, bootstrap, burnt, features, frechet, load_tower, psnr, saturation, share, ssim
+from labkit.training.measures import apart, bootstrap, burnt, features, frechet, load_tower, psnr, saturation, ssim
 from labkit.training.verifier import WORLD
 
 

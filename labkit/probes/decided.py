@@ -42,7 +42,7 @@ def switch_prompt(
 ) -> Switched:  # fmt: skip
     """Draw `first` and go over to `second` at each step of `at` (default: all), with every seed; 0 is the second alone, N the first alone.
 
-    `judge(images)` may read the pictures, such as `labkit.scenes.verify.classify`; `options` as in `lab.generate`. Raises LabkitError.
+    `judge(images)` may read the pictures, such as `labkit.scenes.verify.read`; `options` as in `lab.generate`. Raises LabkitError.
     """
     seeds = seeds_of(seeds)
     steps = complete(lab, first, **options).steps

@@ -168,6 +168,8 @@ def with_object(rng: np.random.Generator, scene: Scene, obj: Object, tries: int 
         if _fits(candidate, screen_box(camera, candidate), placed, boxes):
             return replace(scene, objects=(*scene.objects, candidate))
     return None
+
+
 def rearranged(scene: Scene, rng: np.random.Generator) -> Scene:
     """Another scene of the same specification: the same objects, table, light and style; places, turns, camera and lamp are drawn anew."""
     for _ in range(1000):

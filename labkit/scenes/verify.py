@@ -159,6 +159,15 @@ def _camera(count: int) -> Camera:
     return Camera(0.0, 0.47, (6.9 + 0.2 * (max(count, 1) - 1)) * 1.005)
 
 
+def share(right: int, n: int, z: float = 1.96) -> dict[str, float]:
+    """`right` of n as a share with Wilson's 95 % interval: {right, n, share, low, high}; LabkitError if it is none."""
+    if not 0 <= right <= n or n == 0:
+        raise LabkitError(f"{right} of {n} is not a share; count at least one picture")
+    p, extra = right / n, z * z / n
+    middle, half = (p + extra / 2) / (1 + extra), z * (p * (1 - p) / n + extra / (4 * n)) ** 0.5 / (1 + extra)
+    return {"right": right, "n": n, "share": round(p, 4), "low": round(max(middle - half, 0.0), 4), "high": round(min(middle + half, 1.0), 4)}
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 

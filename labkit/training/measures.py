@@ -1,6 +1,5 @@
 """Numbers about pictures, and how sure one can be of them.
 
-    share: Wilson's interval, which also holds near 0 and 1 (Wilson 1927)
     bootstrap: the 2.5 % and 97.5 % points of the mean over prompts drawn with replacement (Efron 1979); a prompt's seeds stay together
     PSNR = 10 log10(1 / mean (x - y)^2)
     SSIM = mean of (2 m_x m_y + c1)(2 s_xy + c2) / ((m_x^2 + m_y^2 + c1)(s_x^2 + s_y^2 + c2))          Wang et al. 2004, eq. 13
@@ -23,15 +22,6 @@ from labkit.models.tower import ImageTower
 
 TOWER = DATA / "tabletop" / "image_tower" / "model.safetensors"
 DRAWS = 2000  # bootstrap samples
-
-
-def share(right: int, n: int, z: float = 1.96) -> dict[str, float]:
-    """`right` of n as a share with Wilson's 95 % interval: {right, n, share, low, high}; LabkitError if it is none."""
-    if not 0 <= right <= n or n == 0:
-        raise LabkitError(f"{right} of {n} is not a share; count at least one picture")
-    p, extra = right / n, z * z / n
-    middle, half = (p + extra / 2) / (1 + extra), z * (p * (1 - p) / n + extra / (4 * n)) ** 0.5 / (1 + extra)
-    return {"right": right, "n": n, "share": round(p, 4), "low": round(max(middle - half, 0.0), 4), "high": round(min(middle + half, 1.0), 4)}
 
 
 def bootstrap(groups: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS, seed: int = 0) -> dict[str, float]:

@@ -22,10 +22,9 @@ from labkit.scenes.captions import relations
 from labkit.scenes.judge import holds
 from labkit.scenes.reader import CELLS, OBJECT, PICTURE, WEIGHTS, Reader
 from labkit.scenes.scene import Scene
-from labkit.scenes.verify import Read, read
+from labkit.scenes.verify import Read, read, share
 from labkit.training.data import TEST_SEED, renders, scenes
 from labkit.training.degrade import reconstruct
-from labkit.training.measures import share
 from labkit.training.verifier import MOST, WORLD, HeldOut, owners
 
 OVERLAP = 0.5  # IoU from which on an object is found

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit.scenes.verify import Read, read
-from labkit.training.measures import share
+from labkit.scenes.verify import Read, read, share
 
 FOLDER = Path(__file__).parents[1] / "labelled"
 NEAR = 16  # pixels
