@@ -160,6 +160,16 @@ def test_summary_table_and_frontier():
     assert "met     inverted: success 100.0%" in edits_report.table({"model": "m", "plan": asdict(Plan()), "table": edits_report.summary(rows[:2])})
 
 
+def test_gains_are_of_the_same_edit_with_and_without():
+    with_, without = Setting(), NO_EDITING
+    rows = [row("colour", s, True, seed=seed, outside=20.0 + 9 * seed + (2.0 if s == with_ else 0.0)) for seed in range(5) for s in (with_, without)]
+    rows += [row("light", with_, True, seed=0, outside=None), row("add", with_, True, seed=9, outside=90.0)]  # nothing to compare them with
+    found = {g["of"]: g for g in edits_report.gains(rows)}
+    assert found["outside"]["gain"] == 2.0 and found["outside"]["interval"] == [2.0, 2.0] and found["outside"]["n"] == 5
+    text = edits_report.table({"model": "m", "plan": asdict(Plan()), "table": edits_report.summary(rows), "gains": edits_report.gains(rows)})
+    assert "gained  inverted: outside +2.0 dB (95 % in +2.0 to +2.0) by cross 40%, self 50% over no editing, 5 edits" in text
+
+
 def test_the_interval_draws_scenes_not_edits():
     pairs = [row("colour", Setting(), True, seed=seed, outside=20.0 + seed % 2 * 10) for seed in range(40) for _ in range(5)]
     low, high = edits_report.interval(pairs, "outside")
@@ -170,11 +180,13 @@ def test_the_interval_draws_scenes_not_edits():
 
 def test_the_command(lab, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(edits_report, "GRID", (Setting(0.8, 0.2), NO_EDITING))
-    monkeypatch.setattr("labkit.measure.edits.Plan.__init__.__defaults__", (1, (Setting(0.8, 0.2), NO_EDITING), ("noised", "free"), ("colour",), 1, None))
+    monkeypatch.setattr("labkit.measure.edits.Plan.__init__.__defaults__", (1, (Setting(0.8, 0.2), NO_EDITING), ("noised", "free"), ("colour",), 1, None, edits.FIRST_SEED))
     assert main(["measure", "edits", "--scenes", "1", "--steps", "1", "--out", str(tmp_path / "e")]) == 0
     out = capsys.readouterr().out
     assert "noised: renders" in out and "free: drawn" in out and "the figure are in" in out
     found = json.loads((tmp_path / "e" / "edits.json").read_text())
+    scenes = [{path.stem.split("-")[1] for path in (tmp_path / "e" / "parts" / part).glob("*-*.json")} for part in ("table", "frontier")]
+    assert len(scenes[0]) == len(scenes[1]) == 1 and not scenes[0] & scenes[1]  # what is chosen on some scenes is judged on others
     assert len(found["rows"]) == 4 and len(found["frontier"]) == 2 and (tmp_path / "e" / "edits.txt").read_text() in out
     assert (tmp_path / "e" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert main(["measure", "edits", "--scenes", "0", "--out", str(tmp_path / "f")]) == 2

@@ -29,7 +29,7 @@ from labkit.editing.blend import Blend
 from labkit.editing.inversion import invert
 from labkit.editing.prompt_to_prompt import CROSS, SELF, edit
 from labkit.errors import LabkitError
-from labkit.measure.edit_cases import KINDS, MARGIN, Case, cases, regions, verified
+from labkit.measure.edit_cases import FIRST_SEED, KINDS, MARGIN, Case, cases, regions, verified
 from labkit.scenes import verify
 from labkit.scenes.render import render
 
@@ -64,6 +64,7 @@ class Plan:
     kinds: tuple[str, ...] = KINDS
     steps: int = 10
     guidance: float | None = None
+    first_seed: int = FIRST_SEED
 
 
 def measure(lab: LatentDiffusion, plan: Plan, folder: str | Path, read: Callable | None = None, progress: bool = True) -> list[dict]:
@@ -80,7 +81,7 @@ def measure(lab: LatentDiffusion, plan: Plan, folder: str | Path, read: Callable
         raise LabkitError(f"{folder} has the rows of another plan; name another folder, or delete it.")
     write(folder / "plan.json", said)
     rows = []
-    todo = [(protocol, group) for group in cases(plan.scenes, kinds=plan.kinds) for protocol in plan.protocols]
+    todo = [(protocol, group) for group in cases(plan.scenes, plan.first_seed, plan.kinds) for protocol in plan.protocols]
     for protocol, group in tqdm(todo, desc="edits", disable=not progress):
         path = folder / f"{protocol}-{group[0].seed}.json"
         if not path.exists():

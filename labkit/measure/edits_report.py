@@ -4,7 +4,8 @@
     outside, inside   means of the edits' PSNR in dB, with 95 % of 1000 means over scenes drawn again with replacement (bootstrap)
 
 `python -m labkit measure edits` measures twice: the default setting beside no editing on all scenes, by all protocols (the table), and
-a grid of settings on a few scenes, noised (the frontier).
+a grid of settings on a few scenes, noised (the frontier). Settings are chosen by the frontier and judged by the table, so the two share no
+scene.
 """
 
 import json
@@ -20,6 +21,7 @@ from labkit.training.measures import share
 
 GRID = tuple(Setting(cross, self_) for self_ in (0.0, 0.2, 0.5) for cross in (0.0, 0.4, 0.8, 1.0))
 PART = 10  # the frontier is measured on one scene in so many
+APART = 1_000_000  # seeds between the table's scenes and the frontier's
 TARGETS = {"success": 0.90, "outside": 30.0}
 FIGURES = ("outside", "inside", "nothing", "best", "frame")
 
@@ -29,16 +31,15 @@ def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), read: Callab
 
     A run that was stopped goes on where it was (`out`/parts). `read` as in `labkit.measure.edits.measure`. Raises LabkitError.
     """
-    from labkit.plots import save
-    from labkit.plots import edit_frontier
+    from labkit.plots import edit_frontier, save
 
     out = Path(out)
     if out.is_file():
         raise LabkitError(f"{out} is a file; name a folder for the figures.")
     rows = measure(lab, plan, out / "parts" / "table", read, progress)
-    few = replace(plan, scenes=max(plan.scenes // PART, 1), protocols=("noised",), settings=GRID)
+    few = replace(plan, scenes=max(plan.scenes // PART, 1), protocols=("noised",), settings=GRID, first_seed=plan.first_seed + APART)
     points = frontier(measure(lab, few, out / "parts" / "frontier", read, progress))
-    found = {"model": lab.name, "plan": asdict(plan), "table": summary(rows), "frontier": points, "rows": rows}
+    found = {"model": lab.name, "plan": asdict(plan), "table": summary(rows), "gains": gains(rows), "frontier": points, "rows": rows}
     write(out / "edits.json", json.dumps(found, indent=1) + "\n")
     write(out / "edits.txt", table(found) + "\n")
     save(edit_frontier(points), out / "frontier.png")
@@ -67,6 +68,20 @@ def figures(rows: Sequence[dict]) -> dict:
         one["success of right sources"] = share(sum(row["success"] for row in right), len(right))
     one |= {name: mean([row.get(name) for row in rows]) for name in FIGURES}
     return one | {f"{name} interval": interval(rows, name) for name in ("outside", "inside")}
+
+
+def gains(rows: Sequence[dict]) -> list[dict]:
+    """What editing gains over no editing, edit by edit, in dB: the mean difference for each protocol and setting, with its interval over scenes."""
+    found = []
+    plain = {(row["protocol"], row["seed"], row["kind"]): row for row in rows if setting_of(row) == NO_EDITING}
+    for protocol, setting in dict.fromkeys((row["protocol"], setting_of(row)) for row in rows if setting_of(row) != NO_EDITING):
+        these = [row for row in rows if (row["protocol"], setting_of(row)) == (protocol, setting)]
+        for name in ("outside", "inside", "frame"):
+            pairs = [(row, plain.get((protocol, row["seed"], row["kind"]))) for row in these if row.get(name) is not None]
+            apart = [{"seed": row["seed"], name: row[name] - other[name]} for row, other in pairs if other and other.get(name) is not None]
+            if apart:
+                found.append({"protocol": protocol, **asdict(setting), "of": name, "gain": mean([d[name] for d in apart]), "interval": interval(apart, name), "n": len(apart)})
+    return found
 
 
 def frontier(rows: Sequence[dict]) -> list[dict]:
@@ -108,6 +123,9 @@ def table(found: dict) -> str:
                 form = "{:.1%}" if name == "success" else "{:.1f} dB"
                 said = f"{form.format(value)} (95 % in {form.format(between[0])} to {form.format(between[1])}), target {form.format(goal)}"
                 lines.append(f"{'met   ' if value >= goal else 'MISSED'}  {protocol}: {name} {said}")
+    for g in found.get("gains", ()):
+        between = "{:+.1f} to {:+.1f}".format(*g["interval"])
+        lines.append(f"gained  {g['protocol']}: {g['of']} {g['gain']:+.1f} dB (95 % in {between}) by {setting_of(g).name} over no editing, {g['n']} edits")
     return "\n".join(lines)
 
 
