@@ -54,10 +54,18 @@ NAMES = {
     "sweep": "labkit.probes.grid",
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
+    "explore": "labkit.widgets.explorer",
+    "image_to_image": "labkit.editing.image_to_image",
+    "edit": "labkit.editing.prompt_to_prompt",
+    "Edit": "labkit.editing.result",
+    "Blend": "labkit.editing.blend",
+    "align": "labkit.editing.alignment",
+    "invert": "labkit.editing.inversion",
+    "Inversion": "labkit.editing.inversion",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
-    *("recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
+    *("checkpoint", "checks", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "mixture", "models", "packing", "plots"),
+    *("probes", "recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 

@@ -53,7 +53,7 @@ def looking(kind):
         return plots.rows_of_pictures([[photo()] * 5] * 2, range(5), ["seed 0", "seed 1"], "Between", "share of the second")
     if kind == "curves":
         measures = {"angle": torch.rand(3, 4), "diversity": torch.rand(4), "entropy": torch.rand(3, 4), "clipped": torch.rand(3, 4)}
-        return plots.curves((1, 2, 4, 8), measures, "guidance scale w", "What guidance does")
+        return plots.measures((1, 2, 4, 8), measures, "guidance scale w", "What guidance does")
     if kind == "matrix":
         return plots.matrix(torch.linspace(-1, 1, 12).view(3, 4), ["red", "blue", "cube"], ["start", "a $1", "sphere", "end"], "cosine", "Alike", ("layer", "token"))
     coordinates = torch.randn(5, 9, 2, generator=torch.Generator().manual_seed(0)).cumsum(1)
@@ -80,7 +80,7 @@ def test_figures_of_looking_can_be_read_and_heard(kind):
 
 def test_curves_show_every_seed_and_their_mean():
     rows = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
-    ax = plots.curves((1, 2), {"angle": rows}, "w").axes[0]
+    ax = plots.measures((1, 2), {"angle": rows}, "w").axes[0]
     assert [list(line.get_ydata()) for line in ax.lines] == [[0, 1], [2, 5], [1, 3]] and ax.get_ylabel() == "degrees"
 
 
@@ -245,8 +245,8 @@ def test_no_pyplot_and_nothing_at_import():
         lambda: plots.rows_of_pictures([], []),
         lambda: plots.rows_of_pictures([photo()], [1, 2]),
         lambda: plots.rows_of_pictures([[photo()]], [1], ["a", "b"]),
-        lambda: plots.curves((1, 2), {}, "w"),
-        lambda: plots.curves((1, 2), {"angle": [1, 2, 3]}, "w"),
+        lambda: plots.measures((1, 2), {}, "w"),
+        lambda: plots.measures((1, 2), {"angle": [1, 2, 3]}, "w"),
         lambda: plots.matrix([[1, 2]], ["a"], ["b"], "x"),
         lambda: plots.latent_paths(SimpleNamespace(coordinates=torch.zeros(3, 1, 2), share=torch.ones(2), seeds=range(3), prompt="", what="x0")),
     ],

@@ -13,20 +13,20 @@ COLUMNS = 3
 UNITS = {"angle": "degrees", "entropy": "bits", "saturation": "0 to 1", "clipped": "share of values", "diversity": "rms difference"}
 
 
-def curves(x: Sequence[float], measures: Mapping, across: str, title: str = "", units: Mapping[str, str] = UNITS) -> "Figure":
+def measures(x: Sequence[float], values: Mapping, across: str, title: str = "", units: Mapping[str, str] = UNITS) -> "Figure":
     """Each measure, (x,) or (seed, x), in a panel of its own over the same x; `across` names x, `units` say what a measure is in."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    x, measures = [float(value) for value in x], {name: _rows(values, len(x), name) for name, values in measures.items()}
-    if not measures:
+    x, found = [float(value) for value in x], {name: _rows(value, len(x), name) for name, value in values.items()}
+    if not found:
         raise LabkitError("There are no measures to draw.")
-    columns = min(COLUMNS, len(measures))
-    lines = -(-len(measures) // columns)
+    columns = min(COLUMNS, len(found))
+    lines = -(-len(found) // columns)
     figure = Figure(figsize=(WIDTH if columns > 1 else 0.75 * WIDTH, 0.6 + 3.4 * lines), dpi=100, layout="constrained")
     figure.suptitle(plain(title), fontsize=TITLE)
     axes = [ax for row in figure.subplots(lines, columns, squeeze=False) for ax in row]
-    for ax, (name, rows) in zip(axes, measures.items()):
+    for ax, (name, rows) in zip(axes, found.items()):
         mean = [sum(values) / len(rows) for values in zip(*rows)]
         for row in rows if len(rows) > 1 else []:
             ax.plot(x, row, color=LINE, alpha=0.3, linewidth=1.2)
@@ -38,10 +38,10 @@ def curves(x: Sequence[float], measures: Mapping, across: str, title: str = "", 
         ax.tick_params(labelsize=SMALL)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
-    for ax in axes[len(measures) :]:
+    for ax in axes[len(found) :]:
         ax.set_visible(False)
-    ends = "; ".join(f"{name} from {_mean(rows, 0):.3g} to {_mean(rows, -1):.3g}" for name, rows in measures.items())
-    figure.labkit_alt = f"{title or 'Curves'}, over {across} from {x[0]:g} to {x[-1]:g}: {ends}."
+    ends = "; ".join(f"{name} from {_mean(rows, 0):.3g} to {_mean(rows, -1):.3g}" for name, rows in found.items())
+    figure.labkit_alt = f"{title or 'Measures'}, over {across} from {x[0]:g} to {x[-1]:g}: {ends}."
     return figure
 
 
