@@ -143,7 +143,7 @@ def test_any_word_can_be_asked_about(recorded, lab):
     assert other.map.shape == (16, 16) and "words of “a dog”" in other.averages and len(other.tokens) > 1
     c = lab.encode_text("a dog")
     by_hand = []
-    for layer in trace.layers(kind="queries"):
+    for layer in trace.layers(("down", "up"), kind="queries"):
         attention, store = lab.unet.get_submodule(layer), trace.stores["queries", layer, "cond"]
         q = store.values[:, 1].flatten(2, 3)  # (step, head, N, d)
         k = attention.to_k(c).view(16, attention.num_heads, -1).permute(1, 2, 0)  # (head, d, L)

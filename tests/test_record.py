@@ -86,7 +86,7 @@ def test_streaming_equals_raw_aggregated_afterwards(recorded, word, image):
     traces, _ = recorded
     raw = traces["raw"]
     by_hand = []
-    for layer in raw.layers():
+    for layer in raw.layers(("down", "up")):
         m = raw.attention(layer=layer, image=image, step=slice(None)).values[..., list(raw.tokens(word, image))].sum(-1).mean((0, 1))
         by_hand.append(torch.nn.functional.interpolate(m[None, None], (8, 16), mode="bilinear")[0, 0])
     for trace in traces.values():

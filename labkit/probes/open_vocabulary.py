@@ -19,13 +19,14 @@ from labkit.diffusion import LatentDiffusion
 from labkit.models.unet import states_of
 from labkit.probes.heatmap import HeatMap, average, described
 from labkit.probes.published import latest
+from labkit.probes.sites import WITHOUT_MIDDLE
 from labkit.probes.trace import Run, Trace
 from labkit.probes.words import find
 
 
 @torch.no_grad()
 def open_vocabulary(
-    trace: Trace | Run, lab: LatentDiffusion, text: str, word: str, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = "*"
+    trace: Trace | Run, lab: LatentDiffusion, text: str, word: str, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = WITHOUT_MIDDLE
 ) -> HeatMap:
     """The heat map of a word of `text` in a picture drawn of another prompt, (h, w): mean over steps, heads and layers, a share of `text`.
 

@@ -7,7 +7,7 @@ Hertz et al. 2022, "Prompt-to-Prompt Image Editing with Cross Attention Control"
 al. 2023, "What the DAAM" (`compute_global_heat_map`, `expand_as`). They differ from `trace.heatmap` and from each other in four choices:
 
                         layers              upsampling                pieces of a word    scale
-    trace.heatmap       all                 bilinear, of head means   added               a share: all tokens sum to 1 at each place
+    trace.heatmap       all but the middle  bilinear, of head means   added               a share: all tokens sum to 1 at each place
     prompt_to_prompt    16x16, no middle    none                      added               divided by its own maximum
     daam                all but the middle  bicubic, each head        averaged            a sum over steps, or with `normalise` a share of the words
 
@@ -22,10 +22,9 @@ from torch import Tensor
 
 from labkit.errors import LabkitError
 from labkit.probes.heatmap import HeatMap
-from labkit.probes.sites import short
+from labkit.probes.sites import WITHOUT_MIDDLE
 from labkit.probes.trace import Run, Trace, Word
 
-WITHOUT_MIDDLE = ("up", "down")
 SKIPPED = 8  # DAAM leaves out layers this many times smaller than the latents
 
 

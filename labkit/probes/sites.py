@@ -26,6 +26,7 @@ AXES = {
     "queries": ("head", "y", "x", "channel"),
     "resid": ("channel", "y", "x"),
 }
+WITHOUT_MIDDLE = ("down", "up")
 PARTS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 

@@ -18,7 +18,7 @@ from labkit.models.tokenizer import Tokenizer, normalise
 from labkit.probes.heatmap import HeatMap, average, described
 from labkit.probes.keep import Plan, Store
 from labkit.probes.named import Named
-from labkit.probes.sites import AXES, named
+from labkit.probes.sites import AXES, WITHOUT_MIDDLE, named
 from labkit.probes.words import find, words
 from labkit.samplers import Step
 
@@ -137,10 +137,10 @@ class Run:
     # --- heat maps -------------------------------------------------------------------------------------------------
 
     def heatmap(
-        self, word: Word, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = "*", step: int | slice | None = None,
+        self, word: Word, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = WITHOUT_MIDDLE, step: int | slice | None = None,
         head: int | None = None, resolution: int | tuple[int, int] | None = None, occurrence: int | None = None,
     ) -> HeatMap:  # fmt: skip
-        """Where a word of the prompt had the attention: the mean over steps, heads and layers, (h, w) at the latents' size.
+        """Where a word of the prompt had the attention: the mean over steps, heads and layers but the middle block's, (h, w) at the latents' size.
 
         The shares of all tokens of the word, and of all places where it stands in the prompt (or of one `occurrence`,
         0 is the first), are added. Each layer's map is upsampled bilinearly after the averaging over steps and heads.
@@ -159,7 +159,7 @@ class Run:
         name = word if isinstance(word, str) else f"token {', '.join(map(str, tokens))}"
         return HeatMap(name, average(maps, self.size), about, tokens, branch, image, self.shown())
 
-    def heatmaps(self, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = "*", **which) -> list[HeatMap]:
+    def heatmaps(self, image: int = 0, branch: str = "cond", layers: str | tuple[str, ...] = WITHOUT_MIDDLE, **which) -> list[HeatMap]:
         """One heat map for each word of the prompt, in reading order; a word that stands there twice has one map. `which` as in `heatmap`."""
         self.check(image, branch, "cross")
         there: dict[str, str] = {}

@@ -42,13 +42,12 @@ def forced(lab, images: Tensor, prompts: list[str], steps: int, seed: int = 0):
 def ways(lab) -> dict:
     """name -> (trace, tokens, image) -> HeatMap; layers by their distance from the latents' own size."""
     full = lab.unet.config.sample_size
-    found = {"ours: all layers": lambda t, w, i: t.heatmap(w, i)}
+    found = {"ours": lambda t, w, i: t.heatmap(w, i), "all layers": lambda t, w, i: t.heatmap(w, i, layers="*")}
     for part in ("down", "up", "mid"):
         found[f"{part} only"] = lambda t, w, i, part=part: t.heatmap(w, i, layers=part)
     for side in (full, full // 2):
         found[f"{side}x{side} only"] = lambda t, w, i, side=side: t.heatmap(w, i, resolution=side)
         found[f"Prompt-to-Prompt, {side}x{side}"] = lambda t, w, i, side=side: prompt_to_prompt(t, w, side, i)
-    found["all but mid"] = lambda t, w, i: t.heatmap(w, i, layers=("down", "up"))
     found["DAAM"] = lambda t, w, i: daam(t, w, image=i)
     return found
 
