@@ -52,8 +52,17 @@ NAMES = {
     "patch_grid": "labkit.probes.causal",
     "decode_trajectory": "labkit.probes.trajectory",
     "sweep_guidance": "labkit.probes.sweep",
+    "measure_guidance": "labkit.probes.guided",
+    "between_seeds": "labkit.probes.between",
+    "between_prompts": "labkit.probes.between",
+    "switch_prompt": "labkit.probes.decided",
+    "paths": "labkit.probes.paths",
+    "lens": "labkit.probes.texts",
+    "alike": "labkit.probes.texts",
+    "sweep": "labkit.probes.grid",
     "optimize": "labkit.packing",
     "inpaint": "labkit.editing.inpaint",
+    "explore": "labkit.widgets.explorer",
     "image_to_image": "labkit.editing.image_to_image",
     "edit": "labkit.editing.prompt_to_prompt",
     "Edit": "labkit.editing.result",
@@ -61,11 +70,10 @@ NAMES = {
     "align": "labkit.editing.alignment",
     "invert": "labkit.editing.inversion",
     "Inversion": "labkit.editing.inversion",
-    "explore": "labkit.widgets.explorer",
 }
 ROOMS = (
-    *("checkpoint", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "models", "packing", "plots", "probes"),
-    *("recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
+    *("checkpoint", "checks", "convert", "device", "diffusion", "editing", "errors", "generation", "guidance", "mixture", "models", "packing", "plots"),
+    *("probes", "recipe", "samplers", "scenes", "schedule", "tap", "training", "widgets"),
 )
 __all__ = ["__version__", "load", *NAMES, *ROOMS]
 

@@ -47,9 +47,9 @@ def optimize(lab: LatentDiffusion) -> LatentDiffusion:
         raise LabkitError(f"This processor has no products of {str(lab.dtype).removeprefix('torch.')}: load the model with dtype='float32', or use it as it is.")
     if any(isinstance(module, PackedLinear) for module in lab.unet.modules()):
         return lab
-    keep_freed_memory()
     fast = copy.copy(lab)
     fast.unet, fast.vae = pack(lab.unet), pack(lab.vae, but="encoder")
+    keep_freed_memory()  # only now: what packing needed on the way goes back
     return fast
 
 

@@ -24,7 +24,7 @@ def refresh(path: Path) -> None:
     """Run one notebook and save it; on an error nothing is saved."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", record_timing=False, store_widget_state=False,
+        notebook, timeout=1800, kernel_name="python3", record_timing=False, store_widget_state=False, coalesce_streams=True,
         resources={"metadata": {"path": str(HERE)}},
     )  # fmt: skip
     client.execute()

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "tap", "device"},
     {"schedule"},
-    {"models"},
+    {"models", "mixture"},
     {"checkpoint", "convert", "samplers", "strips", "winograd"},
     {"guidance", "recipe", "generation"},
     {"diffusion"},
     {"packing", "probes", "editing"},
-    {"plots", "plots_edits", "widgets"},
+    {"plots", "widgets"},
     {"__init__", "__main__"},  # the front doors: they may open every room, no room may go out through them
 ]
 LAYER = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}

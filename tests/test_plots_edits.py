@@ -11,7 +11,7 @@ from labkit import plots
 from labkit.editing.alignment import align
 from labkit.editing.result import Edit
 from labkit.errors import LabkitError
-from labkit.plots_edits import edit_frontier, edit_panels
+from labkit.plots import edit_frontier, edit_panels
 
 PROMPTS = ("a red ball", "a blue ball", "a red ball left of a cube")
 

@@ -30,7 +30,7 @@ def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), read: Callab
     A run that was stopped goes on where it was (`out`/parts). `read` as in `labkit.measure.edits.measure`. Raises LabkitError.
     """
     from labkit.plots import save
-    from labkit.plots_edits import edit_frontier
+    from labkit.plots import edit_frontier
 
     out = Path(out)
     if out.is_file():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 WIDTH = 12.0  # inches; with type of 13 points and more it can be read from the back row
 TITLE, LABEL, SMALL = 18, 15, 13
 MAP = "magma"  # lightness rises evenly, also in grey and to colour-blind eyes
+LINE = "#3b528b"  # of curves: dark enough on white, told apart from black by all eyes
 TINT = 0.65  # how much of a panel is the map's colour; the rest is the greyed picture
 LARGEST = 3.2  # inches: a picture of 128 pixels is not worth more
 DPI = 100

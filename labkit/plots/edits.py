@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from labkit.errors import LabkitError
-from labkit.plots import LABEL, SMALL, TITLE, grid, over_grey, picture, plain, tinted
+from labkit.plots.canvas import LABEL, SMALL, TITLE, grid, over_grey, picture, plain, tinted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
