@@ -3,7 +3,7 @@
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
     python -m labkit train clip|vae|diffusion|verifier|all
     python -m labkit evaluate [MODEL]
-    python -m labkit measure edits [MODEL]
+    python -m labkit measure edits|faithfulness [MODEL]
     python -m labkit info [MODEL]
     python -m labkit convert model.ckpt FOLDER|model.safetensors
 
@@ -86,12 +86,14 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--out", metavar="DIR", help="also write the figures and contact sheets there")
 
     it = command("measure", measure, "Measure what an instrument says against what is true of the tabletop world; goes on where a run stopped.")
-    it.add_argument("what", choices=("edits",), help="edits: Prompt-to-Prompt against the true counterfactual")
+    about = "edits: Prompt-to-Prompt against the true counterfactual; faithfulness: whether how well a head's map lies predicts what its ablation costs"
+    it.add_argument("what", choices=("edits", "faithfulness"), help=about)
     model_options(it, "model")
-    it.add_argument("--scenes", type=int, default=60, help="how many; each is edited in five ways (default 60)")
-    it.add_argument("--steps", type=int, default=10, help="sampling steps (default 10)")
-    it.add_argument("--guidance", type=float, metavar="W")
-    it.add_argument("--out", default="out/edits", metavar="DIR", help="where table, figure and the parts of the run go (default out/edits)")
+    it.add_argument("--scenes", type=int, default=60, help="how many (default 60)")
+    it.add_argument("--steps", type=int, default=10, help="of edits: sampling steps (default 10)")
+    it.add_argument("--guidance", type=float, metavar="W", help="of edits: the guidance scale (default: the model's own)")
+    it.add_argument("--by", choices=("zero", "mean"), default="zero", help="of faithfulness: what a head is set to (default zero)")
+    it.add_argument("--out", metavar="DIR", help="where table, figure and the parts of the run go (default out/WHAT)")
 
     it = command("info", info, "Say what a model is made of.")
     model_options(it, "model")
@@ -186,16 +188,20 @@ def evaluate(a: argparse.Namespace) -> None:
 
 
 def measure(a: argparse.Namespace) -> None:
-    """edits.json, edits.txt and frontier.png."""
-    from labkit.measure.edits import Plan
-    from labkit.measure.edits_report import run, table
+    """edits.json, edits.txt and frontier.png; or faithfulness.json, .txt and .png."""
+    from labkit.measure import edits, edits_report, faithfulness
     from labkit.packing import available
 
-    check_writable(Path(a.out))
+    out = a.out or f"out/{a.what}"
+    check_writable(Path(out))
     lab = opened(a)
     lab = labkit.optimize(lab) if lab.device.type == "cpu" and available() else lab
-    print(table(run(lab, a.out, Plan(scenes=a.scenes, steps=a.steps, guidance=a.guidance), progress=sys.stderr.isatty())))
-    print(f"edits.json, edits.txt and frontier.png are in {a.out}")
+    if a.what == "edits":
+        room, plan, figure = edits_report, edits.Plan(scenes=a.scenes, steps=a.steps, guidance=a.guidance), "frontier.png"
+    else:
+        room, plan, figure = faithfulness, faithfulness.Plan(scenes=a.scenes, by=a.by), "faithfulness.png"
+    print(room.table(room.run(lab, out, plan, progress=sys.stderr.isatty())))
+    print(f"{a.what}.json, {a.what}.txt and {figure} are in {out}")
 
 
 def info(a: argparse.Namespace) -> None:

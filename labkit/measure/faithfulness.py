@@ -185,15 +185,15 @@ def correlated(predictor: Tensor, cost: Tensor, seed: int = 0) -> tuple[float, f
 
 
 def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), progress: bool = True) -> dict:
-    """Measure, and leave faithfulness.json and faithfulness.png in `out`; the figures as a dict. Raises LabkitError."""
-    from labkit.plots import save
-    from labkit.plots.scatter import scatter
+    """Measure, and leave faithfulness.json, .txt and .png in `out`; the figures as a dict. Raises LabkitError."""
+    from labkit.plots import save, scatter
 
     found = measure(lab, plan, progress)
     rho = {name: correlated(getattr(found, name), found.cost) for name in ("iou", "size")}
     heads = [{"head": name, **{what: float(getattr(found, what)[:, i].mean()) for what in ("iou", "size", "cost")}} for i, name in enumerate(found.heads)]
     result = {"model": lab.name, "plan": asdict(plan), "spearman with cost, and its 95 % interval": rho, "heads": heads}
     write(Path(out) / "faithfulness.json", json.dumps(result, indent=1) + "\n")
+    write(Path(out) / "faithfulness.txt", table(result) + "\n")
     groups = [head.split(" head")[0] for head in found.heads]
     said = f"rank correlation {rho['iou'][0]:+.2f} [{rho['iou'][1]:+.2f}, {rho['iou'][2]:+.2f}]"
     figure = scatter(found.iou.mean(0), found.cost.mean(0), groups, ("IoU of the head's noun maps with the objects", "error added without the head"), f"Do maps explain? {said}")
