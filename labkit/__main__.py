@@ -2,7 +2,7 @@
 
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
     python -m labkit train clip|vae|diffusion|verifier|all
-    python -m labkit measure edits|grounding [MODEL]
+    python -m labkit measure edits|grounding|faithfulness [MODEL]
     python -m labkit evaluate [MODEL] [--quick] [--guidance 1,2,4]
     python -m labkit verify [MODEL]
     python -m labkit info [MODEL]
@@ -98,11 +98,13 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--write", action="store_true", help="also leave the figures beside the reader's weights, in data/verifier")
 
     it = command("measure", measure, "Measure what an instrument says against what is true of the tabletop world; goes on where a run stopped.")
-    it.add_argument("what", choices=("edits", "grounding"), help="edits: Prompt-to-Prompt against the true counterfactual; grounding: words' attention against their objects")
+    about = "edits: Prompt-to-Prompt against the true counterfactual; grounding: words' attention against their objects; faithfulness: whether how well a head's map "
+    it.add_argument("what", choices=("edits", "grounding", "faithfulness"), help=about + "lies predicts what its ablation costs")
     model_options(it, "model")
-    it.add_argument("--scenes", type=int, help="how many (default: 60 for edits, each in five ways; 500 for grounding)")
-    it.add_argument("--steps", type=int, default=10, help="sampling steps (default 10)")
-    it.add_argument("--guidance", type=float, metavar="W")
+    it.add_argument("--scenes", type=int, help="how many (default: 60 for edits, each in five ways; 500 for grounding, 60 for faithfulness)")
+    it.add_argument("--steps", type=int, help="of edits and grounding: sampling steps (default 10)")
+    it.add_argument("--guidance", type=float, metavar="W", help="of edits and grounding: the guidance scale (default: the model's own)")
+    it.add_argument("--by", choices=("zero", "mean"), help="of faithfulness: what a head is set to (default zero)")
     it.add_argument("--out", metavar="DIR", help="where table, figure and the parts of the run go (default out/WHAT)")
 
     it = command("info", info, "Say what a model is made of.")
@@ -236,10 +238,14 @@ def fast(lab: "labkit.LatentDiffusion") -> "labkit.LatentDiffusion":
 
 def measure(a: argparse.Namespace) -> None:
     """WHAT.json, WHAT.txt and a figure."""
-    from labkit.measure import edits, edits_report, grounding, grounding_report
+    from labkit.measure import edits, edits_report, faithfulness, grounding, grounding_report
 
-    plan, report = {"edits": (edits.Plan, edits_report), "grounding": (grounding.Plan, grounding_report)}[a.what]
-    plan, out = plan(steps=a.steps, guidance=a.guidance, **({"scenes": a.scenes} if a.scenes is not None else {})), Path(a.out or Path("out") / a.what)
+    rooms = {"edits": (edits.Plan, edits_report), "grounding": (grounding.Plan, grounding_report), "faithfulness": (faithfulness.Plan, faithfulness)}
+    (plan, report), out = rooms[a.what], Path(a.out or Path("out") / a.what)
+    said = {name: value for name in ("scenes", "steps", "guidance", "by") if (value := getattr(a, name)) is not None}
+    if strange := [name for name in said if name not in plan.__dataclass_fields__]:
+        raise LabkitError(f"--{strange[0]} is not for {a.what}: leave it out.")
+    plan = plan(**said)
     check_writable(out)
     print(report.table(report.run(fast(opened(a)), out, plan, progress=sys.stderr.isatty())))
     print(f"{a.what}.json, {a.what}.txt and the figure are in {out}")

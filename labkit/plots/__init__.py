@@ -9,8 +9,8 @@
     rows.py          rows_of_pictures(images, columns)      from one thing to another: seeds, prompts, layers, steps
     measures.py      measures(x, rows, across)              numbers against a number, one panel a measure
     paths.py         latent_paths(paths)                    the way of many latents from noise to picture
+    scatter.py       scatter(x, y, groups, axes, title)     points in groups: whether one number goes with another
     matrix.py        matrix(values, rows, columns, meaning) a table of numbers as colours
-    tables.py        table(data)                            a table of measurements, rows and columns named
 
     canvas.py        what they are made of: sizes of type, a grid of axes, pictures without frames, maps of colour over grey
     files.py         show, save, png: a figure in a notebook or as a file
@@ -31,14 +31,14 @@ from labkit.plots.matrix import matrix
 from labkit.plots.measures import measures
 from labkit.plots.paths import latent_paths
 from labkit.plots.rows import rows_of_pictures
-from labkit.plots.tables import table
+from labkit.plots.scatter import scatter
 from labkit.plots.trajectories import trajectory
 from labkit.plots.words import place, word_heatmaps
 
 __all__ = [
     *("word_heatmaps", "trajectory", "guidance_sweep", "guidance_trade", "edit_panels", "edit_frontier", "grounding_atlas"),
     *("strips", "curves", "maps", "arrows", "clouds"),
-    *("rows_of_pictures", "measures", "latent_paths", "matrix", "table"),
+    *("rows_of_pictures", "measures", "latent_paths", "matrix", "scatter"),
     *("show", "save", "png", "write", "described"),
     *("grid", "picture", "over_grey", "tinted", "plain", "place"),
     *("DPI", "LABEL", "LARGEST", "LINE", "MAP", "SMALL", "TINT", "TITLE", "WIDTH"),

@@ -30,10 +30,10 @@ class Table:
         return float(self.values[self.rows.index(row), self.columns.index(column)])
 
     def plot(self):
-        """The table as a matplotlib Figure, dark to bright, numbers written in."""
-        from labkit.plots.tables import table
+        """The table as a matplotlib Figure, numbers written in."""
+        from labkit.plots.matrix import matrix
 
-        return table(self)
+        return matrix(self.values, self.rows, self.columns, self.unit, self.title, self.axes)
 
     def __str__(self) -> str:
         lines = [(self.axes[0], *self.columns)] + [
