@@ -3,6 +3,7 @@
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
     python -m labkit train clip|vae|diffusion|verifier|all
     python -m labkit evaluate [MODEL]
+    python -m labkit measure edits [MODEL]
     python -m labkit info [MODEL]
     python -m labkit convert model.ckpt FOLDER|model.safetensors
 
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
     it = command("train", train, "Train one part of the tabletop model, all of it, or the judge of its pictures, going on where a run stopped.")
     it.add_argument("stage", choices=("clip", "vae", "diffusion", "verifier", "all"))
-    it.add_argument("--preset", default="tabletop", help="tabletop, or smoke to see the machinery work in minutes")
+    it.add_argument("--preset", default="tabletop", help="tabletop; further, to train the shipped model on; or smoke, to see the machinery work in minutes")
     it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
 
@@ -83,6 +84,14 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--steps", type=int)
     it.add_argument("--guidance", type=float, metavar="W")
     it.add_argument("--out", metavar="DIR", help="also write the figures and contact sheets there")
+
+    it = command("measure", measure, "Measure what an instrument says against what is true of the tabletop world; goes on where a run stopped.")
+    it.add_argument("what", choices=("edits",), help="edits: Prompt-to-Prompt against the true counterfactual")
+    model_options(it, "model")
+    it.add_argument("--scenes", type=int, default=60, help="how many; each is edited in five ways (default 60)")
+    it.add_argument("--steps", type=int, default=10, help="sampling steps (default 10)")
+    it.add_argument("--guidance", type=float, metavar="W")
+    it.add_argument("--out", default="out/edits", metavar="DIR", help="where table, figure and the parts of the run go (default out/edits)")
 
     it = command("info", info, "Say what a model is made of.")
     model_options(it, "model")
@@ -174,6 +183,19 @@ def evaluate(a: argparse.Namespace) -> None:
     if a.out:
         check_writable(Path(a.out))
     measure(opened(a), a.out, prompts=a.prompts, seed=a.seed, guidance=a.guidance, steps=a.steps)
+
+
+def measure(a: argparse.Namespace) -> None:
+    """edits.json, edits.txt and frontier.png."""
+    from labkit.measure.edits import Plan
+    from labkit.measure.edits_report import run, table
+    from labkit.packing import available
+
+    check_writable(Path(a.out))
+    lab = opened(a)
+    lab = labkit.optimize(lab) if lab.device.type == "cpu" and available() else lab
+    print(table(run(lab, a.out, Plan(scenes=a.scenes, steps=a.steps, guidance=a.guidance), progress=sys.stderr.isatty())))
+    print(f"edits.json, edits.txt and frontier.png are in {a.out}")
 
 
 def info(a: argparse.Namespace) -> None:

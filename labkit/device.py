@@ -61,13 +61,22 @@ def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = Non
     return known
 
 
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself; a processor that emulates it takes many times as long as in float32."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+    return device.type != "cuda" or _half(device) is torch.bfloat16
+
+
 def keep_freed_memory() -> None:
     """Tell glibc, where it is the allocator, to keep big blocks for the next layer: returned to the kernel, they are faulted in again.
 
-    Holds for the whole process. Worth a quarter of the time and more on a CPU; other systems do nothing here.
+    Holds for the whole process. Worth a quarter of the time and more on a CPU; other systems do nothing here. The largest blocks, a VAE's maps,
+    are returned all the same: few are made and each takes long to fill, but holes of their size would stay.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**26)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -55,7 +55,9 @@ class Course:
 
     z: Tensor                                                     # (B, 4, h, w), standard normal; x_T is made of it
     told: Callable[[Tensor], Tensor] = lambda x_t: x_t            # x_t of all rows -> the U-Net's input
+    said: Callable[[Tensor | Condition], Tensor | Condition] = lambda c: c  # the condition of all rows -> what the U-Net reads
     after: Callable[[Step], Tensor | None] = lambda step: None    # the latent to go on from, (B, 4, h, w); None: step.x
+    first: int = 0                                                # DDIM alone: the step that begins at z, those before are left out
 
 
 class LatentDiffusion:
@@ -119,6 +121,12 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **said, height=height, width=width, sampler=sampler, **rarer)
         return finished(self, self.steps(**recipe.plain()), recipe, progress)
 
+    def edit(self, source: str, target: str | Sequence[str] | None = None, **how) -> "Edit":  # noqa: F821
+        """Prompt-to-Prompt: draw `source`, and `target` as the same picture with that change; as `labkit.edit(lab, ...)`."""
+        from labkit.editing.prompt_to_prompt import edit
+
+        return edit(self, source, target, **how)
+
     def steps(self, prompt: str | Sequence[str], *, course: Callable[[Noise], Course] | None = None, **asked) -> Iterator[Step]:
         """The same as a loop: yields each Step (i, t, x, eps, x0); arguments and errors are those of `generate`.
 
@@ -129,17 +137,17 @@ class LatentDiffusion:
         recipe = complete(self, prompt, **asked)
         f, c_z = self.vae.config.factor, self.vae.config.latent_channels
         size = (recipe.height // f, recipe.width // f)
-        c, uncond = self._conditions(recipe)  # (B, L, D)
+        c, uncond = self.conditions(recipe)  # (B, L, D)
         noise = Noise(recipe.seed, (c_z, *size))
         run = Course(noise.draw()) if course is None else course(noise)
-        B, done = len(noise.seeds), 0
+        B, done = len(noise.seeds), run.first
 
         def network(x_t: Tensor, t: int | Timestep, c: Tensor | Condition) -> Tensor:
             texts = tuple(recipe.prompt), tuple(recipe.negative_prompt)
             self.layout = Layout(denoise.branches, B, done, t, recipe.steps, size, *texts)
             try:
                 with torch.no_grad():
-                    return self.unet(run.told(x_t).to(self.dtype), t, c).to(x_t.dtype)
+                    return self.unet(run.told(x_t).to(self.dtype), t, run.said(c)).to(x_t.dtype)
             finally:
                 self.layout = None
 
@@ -147,12 +155,13 @@ class LatentDiffusion:
         # latents stay in float32 also where the network computes in half: their small last steps would be rounded away
         x_T = run.z.to(self.device, torch.promote_types(self.dtype, torch.float32))  # (B, 4, h, w)
         x_T = first_latent(recipe.sampler, x_T, self.schedule, recipe.steps)
-        sampler = SAMPLERS[recipe.sampler](denoise, x_T, self.schedule, recipe.steps, noise=noise.draw)
+        begin = {"first": run.first} if run.first else {}
+        sampler = SAMPLERS[recipe.sampler](denoise, x_T, self.schedule, recipe.steps, noise=noise.draw, **begin)
 
         def counted() -> Iterator[Step]:
             nonlocal done
             sent = None
-            for _ in range(recipe.steps):
+            for _ in range(recipe.steps - run.first):
                 step = sampler.send(sent)
                 done, sent = step.i + 1, run.after(step)
                 yield step if sent is None else replace(step, x=sent)
@@ -209,7 +218,7 @@ class LatentDiffusion:
         sizes = usual if sizes is None else check_sizes(sizes, usual)
         return encode(self.texts, prompts, torch.tensor([sizes] * len(prompts), dtype=torch.float32)).to(self.dtype)
 
-    def _conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
+    def conditions(self, recipe: Recipe) -> tuple[Tensor | Condition, Tensor | Condition]:
         """What the pictures of a recipe are told in the branches "cond" and "uncond"."""
         usual = usual_sizes(self._sizes_told, recipe.height, recipe.width)
         asked = recipe.sizes

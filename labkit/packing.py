@@ -37,33 +37,44 @@ def optimize(lab: LatentDiffusion) -> LatentDiffusion:
     """A LatentDiffusion that draws what `lab` draws, faster on a CPU; `lab` itself is not changed.
 
     It holds its own copy of the large weights, so `lab = labkit.optimize(lab)` keeps one of them. Raises LabkitError if the
-    model is not on a CPU, or if this build of torch lacks the kernels.
+    model is not on a CPU, or if this build of torch lacks the kernels, or this processor the model's type.
     """
     if lab.device.type != "cpu":
         raise LabkitError(f"optimize is for models on a CPU, this one is on {lab.device}: use it as it is.")
     if not available():
         raise LabkitError("This build of torch lacks the oneDNN kernels that optimize needs: use the model as it is.")
+    if not available(lab.dtype):
+        raise LabkitError(f"This processor has no products of {str(lab.dtype).removeprefix('torch.')}: load the model with dtype='float32', or use it as it is.")
     if any(isinstance(module, PackedLinear) for module in lab.unet.modules()):
         return lab
-    keep_freed_memory()
     fast = copy.copy(lab)
-    fast.unet, fast.vae = pack(lab.unet), pack(lab.vae)
+    fast.unet, fast.vae = pack(lab.unet), pack(lab.vae, but="encoder")
+    keep_freed_memory()  # only now: what packing needed on the way goes back
     return fast
 
 
-def available() -> bool:
-    """Whether this build of torch has the kernels; torch's own compiler uses the same ones."""
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in KERNELS)
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of torch has the kernels, and this processor the type; torch's own compiler uses the same ones."""
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in KERNELS):
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), ROWS)
+    except RuntimeError:  # it knows best, and says so of half types where the processor lacks them
+        return False
+    return True
 
 
 @torch.no_grad()
-def pack(network: nn.Module) -> nn.Module:
-    """A copy of a network with its convolutions and linear layers packed; what is small is shared with the original."""
+def pack(network: nn.Module, but: str | None = None) -> nn.Module:
+    """A copy of a network with its convolutions and linear layers packed; what is small is shared with the original, and the part called `but`.
+
+    A VAE's encoder is such a part: drawing needs it not at all, or once, and its weights would be there twice.
+    """
     fast = copy.deepcopy(network, {id(p): p for p in network.parameters()})  # deepcopy takes these for copied already
     for tap in taps(fast).values():
         tap.listeners = []  # who listens to the original does not listen to the copy
     for path, module in list(fast.named_modules()):  # outer modules come first, so what is replaced whole is not looked into
-        if type(module) is Upsample:
+        if type(module) is Upsample or but is not None and (path == but or path.startswith(f"{but}.")):
             continue
         halved = in_strips(path, module)
         for name, child in list(module.named_children()):

@@ -56,10 +56,15 @@ class WinogradConv(nn.Module):
         transform_out(products, out.unflatten(2, (n, 4)).unbind(3))
 
 
-def transformed(weight: Tensor) -> Iterator[Tensor]:
-    """G g: six kernels (C', C, 1, 3) of one (C', C, 3, 3); in float64 on the way."""
-    for row in weight.new_tensor(G, dtype=torch.float64):
-        yield torch.einsum("y,oiyx->oix", row, weight.double()).to(weight.dtype)[:, :, None].contiguous()
+def transformed(weight: Tensor) -> Tensor:
+    """G g: six kernels (6, C', C, 1, 3) of one (C', C, 3, 3); in float64 on the way, a few channels at a time.
+
+    Large temporaries would leave holes among the packed weights that are allocated between them: five times their memory.
+    """
+    kernels, rows = weight.new_empty((6, *weight.shape[:2], 1, 3)), weight.new_tensor(G, dtype=torch.float64)
+    for part, into in zip(weight.split(32), kernels.split(32, dim=1)):
+        into[:, :, :, 0] = torch.einsum("ky,oiyx->koix", rows, part.double())
+    return kernels
 
 
 def transform_in(d: list[Tensor], out: Tensor) -> None:

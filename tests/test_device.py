@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from labkit.device import Noise, pick_device, pick_dtype, vae_dtype
+from labkit.device import Noise, has_bfloat16, pick_device, pick_dtype, vae_dtype
 from labkit.errors import LabkitError
 
 
@@ -57,6 +57,16 @@ def test_dtype_of_the_vae(dtype, force_upcast, expected):
 def test_dtype_that_cannot_work(device, dtype):
     with pytest.raises(LabkitError):
         pick_dtype(device, dtype)
+
+
+def test_bfloat16_is_emulated_by_older_processors(monkeypatch):
+    assert has_bfloat16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not has_bfloat16("cpu")
+    for capability, has in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: capability)
+        assert has_bfloat16("cuda") is has
 
 
 def test_noise_equals_diffusers_with_a_list_of_generators():

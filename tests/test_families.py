@@ -294,7 +294,7 @@ def test_the_refiner_draws_as_diffusers_does(labs, pipes):
 def test_sdxls_empty_negative_prompt_is_zeros_and_no_empty_text(labs, pipes, monkeypatch):
     draw = dict(steps=2, guidance=7.5, height=16, width=16, progress=False)
     lab = labs["sdxl"]
-    c, uncond = lab._conditions(complete(lab, "a ball", seed=[0, 1], negative_prompt=["", "blue"], **{k: v for k, v in draw.items() if k != "progress"}))
+    c, uncond = lab.conditions(complete(lab, "a ball", seed=[0, 1], negative_prompt=["", "blue"], **{k: v for k, v in draw.items() if k != "progress"}))
     assert not uncond.states[0].any() and not uncond.pooled[0].any() and uncond.states[1].any() and uncond.sizes.equal(c.sizes)
     zeros = lab.generate("a ball", **draw).latents
     empty = pipes["sdxl"]("a ball", negative_prompt="", num_inference_steps=2, guidance_scale=7.5, height=16, width=16, output_type="latent",

@@ -23,7 +23,7 @@ LAYERS = [
     {"guidance", "recipe", "generation"},
     {"diffusion"},
     {"packing", "probes", "editing"},
-    {"plots", "plots_course", "widgets"},
+    {"plots", "widgets"},
     {"__init__", "__main__"},  # the front doors: they may open every room, no room may go out through them
 ]
 LAYER = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
@@ -34,9 +34,15 @@ SIDE = {
     "training": (LAYER["diffusion"], {"scenes"}),
     "adapters": (LAYER["diffusion"], set()),
     "checks": (LAYER["plots"], {"scenes"}),
+    "measure": (LAYER["plots"], {"scenes"}),
 }
 # Where the main line may look into a side room.
-DOORS = {("__main__", "training"), ("__main__", "scenes"), ("__init__", "scenes")}
+DOORS = {("__main__", "training"), ("__main__", "scenes"), ("__main__", "measure"), ("__init__", "scenes")}
+# A door up: what is measured can draw itself (`heatmap.plot()`), by functions of plots that take data and know nothing of the rest.
+DOORS |= {("probes", "plots")}
+
+# The one arrow up: `lab.edit(...)` is `labkit.edit(lab, ...)` in one line, because that is how people look for it.
+CONVENIENCES = {("diffusion", "editing.prompt_to_prompt")}
 
 # Packages that cost seconds to import, and oracles that labkit is compared with: never at module level, or never.
 LAZY = {"matplotlib", "transformers", "ipywidgets", "IPython", "anywidget", "huggingface_hub"}
@@ -90,7 +96,7 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 def faults(package: Path) -> list[str]:
     """Every arrow that the house plan forbids, as a sentence; empty if there is none."""
     known = modules(package)
-    graph = {name: imported(name, path, known) for name, path in known.items()}
+    graph = {name: {to for to in imported(name, path, known) if (name, to) not in CONVENIENCES} for name, path in known.items()}
     wrong = []
     for name, targets in graph.items():
         room = name.split(".")[0]

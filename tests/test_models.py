@@ -1,5 +1,7 @@
 """models: taps that change nothing, attention that is the same fused and explicit, and twins that diffusers tells apart."""
 
+import weakref
+
 import diffusers
 import pytest
 import torch
@@ -39,6 +41,17 @@ def case(request):
 
 def relative(a, b):
     return float((a - b).norm() / b.norm())
+
+
+@torch.no_grad()
+def test_the_decoder_lets_go_of_a_map_when_the_next_is_there():
+    network, maps, alive = strong(VAE(VAE_))[0].eval(), [], []
+    for block in network.decoder.up_blocks:
+        for layer in block.layers():
+            layer.register_forward_pre_hook(lambda module, x: alive.append(sum(map() is not None for map in maps)))
+            layer.register_forward_hook(lambda module, x, y: maps.append(weakref.ref(y)))
+    network.decode(Z)
+    assert len(maps) > 4 and alive == [0] + [1] * (len(maps) - 1)
 
 
 # --- taps ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from labkit.winograd import WinogradConv
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN kernels")
+HALF = pytest.mark.skipif(not available(torch.bfloat16), reason="this processor has no products of bfloat16")
 
 CONFIG = UNetConfig(block_out_channels=(32, 64), cross_attention=(True, False), num_attention_heads=(2, 4), layers_per_block=1,
                     cross_attention_dim=24, norm_num_groups=8, sample_size=8)  # fmt: skip
@@ -74,6 +75,16 @@ def test_vae_is_the_same_function(narrow):
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 
+@torch.no_grad()
+def test_a_part_can_be_left_as_it_is(narrow):
+    vae = tiny.strong(VAE(VAE_CONFIG).eval())[0]
+    fast, image = pack(vae, but="encoder"), torch.randn(1, 3, 32, 24)
+    assert all(mine.data_ptr() == its.data_ptr() for mine, its in zip(fast.encoder.parameters(), vae.encoder.parameters(), strict=True))
+    assert len(list(fast.encoder.parameters())) > 20 and any(type(m) is WinogradConv for m in fast.decoder.modules())
+    assert torch.equal(fast.encode(image).mean, vae.encode(image).mean)
+    close(fast.decode(image[:, :1].repeat(1, 4, 1, 1)), vae.decode(image[:, :1].repeat(1, 4, 1, 1)))
+
+
 @pytest.mark.parametrize("strip", [1, 100, 2**12])  # pixels: four rows at a time, an odd number of strips, most maps whole
 @pytest.mark.parametrize("shape", [(1, 4, 40, 40), (2, 4, 9, 5), (1, 4, 3, 11), (3, 4, 1, 1)])  # the first attends in tiles in the middle
 @torch.no_grad()
@@ -114,6 +125,7 @@ def test_narrow_blocks_and_other_networks_are_left_to_direct_convolutions():
     close(pack(vae).decode(z), vae.decode(z))
 
 
+@HALF
 @torch.no_grad()
 def test_only_float32_is_filtered(narrow):
     vae = tiny.strong(VAE(VAE_CONFIG).eval())[0]
@@ -172,6 +184,7 @@ def test_upsampling_is_doubling_and_a_convolution(h, w, B, monkeypatch):
     assert float((PackedUpsample(flipped)(x) - layer(x)).norm() / layer(x).norm()) > 0.05
 
 
+@HALF
 @torch.no_grad()
 def test_half_precision():
     torch.manual_seed(0)
@@ -235,4 +248,8 @@ def test_what_cannot_be_optimised_is_told(lab, monkeypatch):
     with pytest.raises(LabkitError, match="on a CPU, this one is on meta"):
         elsewhere = copy.copy(lab)
         elsewhere.unet = copy.deepcopy(lab.unet).to("meta")
+        optimize(elsewhere)
+    with pytest.raises(LabkitError, match="no products of bfloat16: load the model with dtype='float32'"):
+        monkeypatch.setattr("labkit.packing.available", lambda dtype=torch.float32: dtype is torch.float32)
+        elsewhere.unet = copy.deepcopy(lab.unet).to(torch.bfloat16)
         optimize(elsewhere)

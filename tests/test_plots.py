@@ -1,5 +1,6 @@
 """plots: figures that can be read, compared and heard, made without global state, saved complete or not at all."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -44,6 +45,50 @@ def make(kind, wide=False):
 
 
 KINDS = ("words", "trajectory", "sweep")
+
+
+def looking(kind):
+    """The figures of labkit.probes' other rooms."""
+    if kind == "rows":
+        return plots.rows_of_pictures([[photo()] * 5] * 2, range(5), ["seed 0", "seed 1"], "Between", "share of the second")
+    if kind == "curves":
+        measures = {"angle": torch.rand(3, 4), "diversity": torch.rand(4), "entropy": torch.rand(3, 4), "clipped": torch.rand(3, 4)}
+        return plots.measures((1, 2, 4, 8), measures, "guidance scale w", "What guidance does")
+    if kind == "matrix":
+        return plots.matrix(torch.linspace(-1, 1, 12).view(3, 4), ["red", "blue", "cube"], ["start", "a $1", "sphere", "end"], "cosine", "Alike", ("layer", "token"))
+    coordinates = torch.randn(5, 9, 2, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    return plots.latent_paths(SimpleNamespace(coordinates=coordinates, share=torch.tensor([0.4, 0.2]), seeds=range(5), prompt="a $5 ball", what="x_t"))
+
+
+LOOKING = ("rows", "curves", "matrix", "paths")
+
+
+@pytest.mark.parametrize("kind", LOOKING)
+def test_figures_of_looking_can_be_read_and_heard(kind):
+    figure = looking(kind)
+    width, height = figure.get_size_inches() * figure.dpi
+    assert 6 <= figure.get_size_inches()[0] <= 12
+    FigureCanvasAgg(figure).draw()
+    for text in texts(figure):
+        box = text.get_window_extent()
+        assert text.get_fontsize() >= 12 and box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, text.get_text()
+    alt = figure.labkit_alt
+    assert 60 < len(alt) < 500 and "\n" not in alt and alt.endswith(".")
+    assert {"rows": "2 by 5 pictures", "curves": "angle from", "matrix": "blue, cube", "paths": "40% and 20%"}[kind] in alt
+    assert plots.png(figure)[:4] == b"\x89PNG"
+
+
+def test_curves_show_every_seed_and_their_mean():
+    rows = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
+    ax = plots.measures((1, 2), {"angle": rows}, "w").axes[0]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0, 1], [2, 5], [1, 3]] and ax.get_ylabel() == "degrees"
+
+
+def test_a_table_parts_at_zero_and_is_written_into():
+    ax = looking("matrix").axes[0]
+    assert ax.images[0].get_clim() == (-1, 1) and [t.get_text() for t in ax.texts][:2] == ["-1.00", "-0.82"]
+    assert plots.matrix([[0.5, 0.2]], ["a"], ["b", "c"], "x").axes[0].images[0].get_clim() == (0, 0.5)
+    assert not plots.matrix(torch.zeros(2, 20), range(2), range(20), "x").axes[0].texts
 
 
 def texts(figure) -> list[Text]:
@@ -146,7 +191,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(plots.os, "replace", full)
+        m.setattr(os, "replace", full)
         with pytest.raises(LabkitError, match="figure.png: cannot be written .No space left"):
             plots.save(figure, path)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["figure.png"]
@@ -197,6 +242,13 @@ def test_no_pyplot_and_nothing_at_import():
         lambda: plots.guidance_sweep([[photo()], [photo()] * 2], [1, 2], [0, 1]),
         lambda: plots.guidance_sweep([[photo()]], [1], [0, 1]),
         lambda: plots.png(SimpleNamespace()),
+        lambda: plots.rows_of_pictures([], []),
+        lambda: plots.rows_of_pictures([photo()], [1, 2]),
+        lambda: plots.rows_of_pictures([[photo()]], [1], ["a", "b"]),
+        lambda: plots.measures((1, 2), {}, "w"),
+        lambda: plots.measures((1, 2), {"angle": [1, 2, 3]}, "w"),
+        lambda: plots.matrix([[1, 2]], ["a"], ["b"], "x"),
+        lambda: plots.latent_paths(SimpleNamespace(coordinates=torch.zeros(3, 1, 2), share=torch.ones(2), seeds=range(3), prompt="", what="x0")),
     ],
 )
 def test_data_that_does_not_fit_is_one_line(call):

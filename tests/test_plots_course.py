@@ -1,11 +1,11 @@
-"""plots_course: the course's figures say what they show, tell lines apart without colour, share scales, and refuse what does not fit."""
+"""plots.course: the course's figures say what they show, tell lines apart without colour, share scales, and refuse what does not fit."""
 
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from labkit import plots, plots_course
+from labkit import plots
 from labkit.errors import LabkitError
 
 XS = [1, 2, 3]
@@ -22,16 +22,16 @@ def drawn(figure):
 
 def make(kind):
     if kind == "strips":
-        return plots_course.strips({"a": [photo(0), photo(99)], "b": [photo(5), photo(7)]}, ["x", "y"], "Title", "two rows of two pictures")
+        return plots.strips({"a": [photo(0), photo(99)], "b": [photo(5), photo(7)]}, ["x", "y"], "Title", "two rows of two pictures")
     if kind == "curves":
         lines = {name: (XS, [n + 1, n + 2, n + 4]) for n, name in enumerate("abcdefgh")}
-        return plots_course.curves(lines, "t", "error", "Title", "eight rising lines", ("log", "log"), marks=True, level=(2, "here"))
+        return plots.curves(lines, "t", "error", "Title", "eight rising lines", ("log", "log"), marks=True, level=(2, "here"))
     if kind == "maps":
-        return plots_course.maps([torch.eye(4), 3 * torch.eye(4)], ["one", "three"], "share", "Title", "two diagonal lines", signed=True)
+        return plots.maps([torch.eye(4), 3 * torch.eye(4)], ["one", "three"], "share", "Title", "two diagonal lines", signed=True)
     if kind == "clouds":
-        return plots_course.clouds({"a": torch.rand(9, 2), "b": 9 * torch.rand(9, 2)}, "Title", "two clouds of points", limit=2)
+        return plots.clouds({"a": torch.rand(9, 2), "b": 9 * torch.rand(9, 2)}, "Title", "two clouds of points", limit=2)
     at = torch.rand(9, 2)
-    return plots_course.arrows({"here": (at, at), "there": (at, -2 * at)}, torch.rand(20, 2), "Title", "two fields of arrows", ("x", "y"))
+    return plots.arrows({"here": (at, at), "there": (at, -2 * at)}, torch.rand(20, 2), "Title", "two fields of arrows", ("x", "y"))
 
 
 KINDS = ("strips", "curves", "maps", "arrows", "clouds")
@@ -55,7 +55,7 @@ def test_every_picture_stands_in_its_own_row_and_column():
 
 def test_pictures_are_as_small_as_asked():
     args = ({"": [photo(), photo()]}, ["x", "y"], "Title", "two small pictures")
-    wide, narrow = (drawn(plots_course.strips(*args, side=side)) for side in (3.0, 1.5))
+    wide, narrow = (drawn(plots.strips(*args, side=side)) for side in (3.0, 1.5))
     assert narrow.axes[0].get_window_extent().width < 0.62 * wide.axes[0].get_window_extent().width
 
 
@@ -70,7 +70,7 @@ def test_maps_share_one_scale_and_signed_ones_have_zero_in_the_middle():
     figure = drawn(make("maps"))
     limits = [ax.images[0].get_clim() for ax in figure.axes[:2]]
     assert limits == [(-3, 3), (-3, 3)]
-    named = drawn(plots_course.maps([torch.eye(2)], ["m"], "share", "Title", "a small map", ticks=(["r1", "r2"], ["c1", "c2"])))
+    named = drawn(plots.maps([torch.eye(2)], ["m"], "share", "Title", "a small map", ticks=(["r1", "r2"], ["c1", "c2"])))
     assert [t.get_text() for t in named.axes[0].get_yticklabels()] == ["r1", "r2"] and named.axes[0].images[0].get_clim() == (0, 1)
 
 
@@ -85,14 +85,14 @@ def test_clouds_share_their_axes():
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: plots_course.strips({"a": [photo()]}, ["x", "y"], "T", "a b c"),
-    lambda: plots_course.strips({}, ["x"], "T", "a b c"),
-    lambda: plots_course.curves({}, "x", "y", "T", "a b c"),
-    lambda: plots_course.curves({"a": (XS, [1])}, "x", "y", "T", "a b c"),
-    lambda: plots_course.maps([torch.eye(2)], ["a", "b"], "s", "T", "a b c"),
-    lambda: plots_course.maps([torch.ones(2)], ["a"], "s", "T", "a b c"),
-    lambda: plots_course.arrows({"a": (torch.ones(3, 2), torch.ones(4, 2))}, torch.ones(2, 2), "T", "a b c"),
-    lambda: plots_course.clouds({"a": torch.ones(3)}, "T", "a b c"),
+    lambda: plots.strips({"a": [photo()]}, ["x", "y"], "T", "a b c"),
+    lambda: plots.strips({}, ["x"], "T", "a b c"),
+    lambda: plots.curves({}, "x", "y", "T", "a b c"),
+    lambda: plots.curves({"a": (XS, [1])}, "x", "y", "T", "a b c"),
+    lambda: plots.maps([torch.eye(2)], ["a", "b"], "s", "T", "a b c"),
+    lambda: plots.maps([torch.ones(2)], ["a"], "s", "T", "a b c"),
+    lambda: plots.arrows({"a": (torch.ones(3, 2), torch.ones(4, 2))}, torch.ones(2, 2), "T", "a b c"),
+    lambda: plots.clouds({"a": torch.ones(3)}, "T", "a b c"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(wrong):
     with pytest.raises(LabkitError) as caught:

@@ -65,11 +65,11 @@ def test_sums_of_known_attention_in_the_right_rows(lab, guidance):
     assert set(trace.branches) == branches == {branch for _, branch, _ in seen}
     sides = set()
     for (layer, branch, image), steps in seen.items():
-        got = trace.attention(layer, image=image, branch=branch)  # (head, y, x, token)
+        got = trace.attention(layer=layer, image=image, branch=branch).values  # (head, y, x, token)
         assert len(steps) == 3 and got.shape[2] == 2 * got.shape[1]
         sides.add(tuple(got.shape[1:3]))
         assert (got.flatten(1, 2) - sum(steps) / 3).abs().max() < 1e-6
-        assert torch.equal(trace.attention(layer, 1, image, branch), got[1])
+        assert torch.equal(trace.attention(layer=layer, head=1, image=image, branch=branch).values, got[1])
     assert sides == {(8, 16), (4, 8)}
 
 
@@ -81,13 +81,13 @@ def test_the_stream_is_the_raw_recording_summed(lab):
         layer = name.removesuffix(".probs")
         mean = torch.stack(calls).mean(0)  # (4 rows, head, N, token)
         for row, (branch, image) in enumerate([("uncond", 0), ("uncond", 1), ("cond", 0), ("cond", 1)]):
-            got = trace.attention(layer, image=image, branch=branch)
+            got = trace.attention(layer=layer, image=image, branch=branch).values
             assert (got.flatten(1, 2) - mean[row]).abs().max() < 1e-6
             assert (got.sum(-1) - 1).abs().max() < 1e-5  # shares of all tokens
     # twins that would go unnoticed if these were alike: the other branch, the other picture
-    a = trace.attention("mid*")
-    assert (a - trace.attention("mid*", branch="uncond")).abs().max() > 1e-3
-    assert (a - trace.attention("mid*", image=1)).abs().max() > 1e-3
+    a = trace.attention(layer="mid*").values
+    assert (a - trace.attention(layer="mid*", branch="uncond").values).abs().max() > 1e-3
+    assert (a - trace.attention(layer="mid*", image=1).values).abs().max() > 1e-3
 
 
 def test_an_image_recorded_in_a_batch_is_recorded_as_alone(lab):
@@ -96,14 +96,14 @@ def test_an_image_recorded_in_a_batch_is_recorded_as_alone(lab):
     with record(lab) as alone:
         draw(lab, PROMPTS[1], seed=2)
     for layer in together.layers():
-        assert (together.attention(layer, image=1) - alone.attention(layer)).abs().max() < 1e-4
+        assert (together.attention(layer=layer, image=1).values - alone.attention(layer=layer).values).abs().max() < 1e-4
 
 
 def test_memory_does_not_grow_with_steps(lab):
     def numbers(steps):
         with record(lab) as trace:
             draw(lab, PROMPTS[0], steps=steps)
-        return sum(s.total.numel() for s in trace.run.sums.values())
+        return sum(s.values.numel() for s in trace.stores.values())
 
     layers_heads_tokens = (2 * 8 * 16 + 2 * 8 * 16 * 2 + 4 * 4 * 8) * 16
     assert numbers(1) == numbers(5) == 2 * layers_heads_tokens  # two branches
@@ -114,8 +114,8 @@ def test_half_precision_is_added_up_in_float32():
     lab.unet.to(torch.bfloat16)
     with record(lab) as trace:
         draw(lab, PROMPTS[0], steps=30)
-    assert all(s.total.dtype == torch.float32 for s in trace.run.sums.values())
-    assert (trace.attention("mid*").sum(-1) - 1).abs().max() < 0.01  # sums of 30 in bfloat16 would be off by 0.1
+    assert all(s.values.dtype == torch.float32 for s in trace.stores.values())
+    assert (trace.attention(layer="mid*").values.sum(-1) - 1).abs().max() < 0.01  # sums of 30 in bfloat16 would be off by 0.1
 
 
 # --- heat maps -------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def trace(lab):
 def by_hand(trace, tokens, image=0, branch="cond", layers=None):
     maps = []
     for layer in layers or trace.layers():
-        m = trace.attention(layer, image=image, branch=branch)[..., tokens].sum(-1).mean(0)
+        m = trace.attention(layer=layer, image=image, branch=branch).values[..., tokens].sum(-1).mean(0)
         maps.append(F.interpolate(m[None, None], size=(8, 16), mode="bilinear", align_corners=False)[0, 0])
     return torch.stack(maps).mean(0)
 
@@ -204,8 +204,8 @@ def test_upsampling_keeps_places_and_shares():
         (lambda t: t.heatmap("red", branch="edit"), "there is: uncond, cond"),
         (lambda t: t.heatmap("red", layers="attn1"), "there are: down_blocks.0"),
         (lambda t: t.heatmap("red", head=2), "heads 0 to 1"),
-        (lambda t: t.attention("*"), "fits 4 layers"),
-        (lambda t: t.attention("mid*", head=-1), "heads 0 to 3"),
+        (lambda t: t.attention(), "fits 4 layers"),
+        (lambda t: t.attention(layer="mid*", head=-1), "heads 0 to 3"),
     ],
 )
 def test_what_is_not_there_is_said_in_one_line(trace, ask, says):
@@ -219,7 +219,7 @@ def test_without_guidance_there_is_one_branch(lab):
         draw(lab, PROMPTS[0], guidance=1)
     assert trace.branches == ("cond",) and trace.heatmap("red").map.shape == (8, 16)
     with pytest.raises(LabkitError, match="branch 'uncond' was not computed; there is: cond"):
-        trace.attention("mid*", branch="uncond")
+        trace.attention(layer="mid*", branch="uncond")
 
 
 # --- recording changes nothing ---------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_heuns_two_calls_a_step_are_averaged_and_counted_as_one_step(lab):
     seen = [probs for name, probs in calls if name.removesuffix(".probs") == layer]
     assert len(seen) == 5 and trace.heatmap("red").averages.startswith("mean over 3 steps")
     mean = torch.stack(seen).mean(0)[1]  # the rows are uncond, cond: (head, N, token)
-    torch.testing.assert_close(trace.attention(layer).flatten(1, 2), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trace.attention(layer=layer).values.flatten(1, 2), mean, rtol=1e-5, atol=1e-6)
 
 
 
@@ -306,7 +306,7 @@ def test_nothing_drawn_or_not_told_apart_is_an_error(lab):
 def test_zero_sites_and_nothing_to_record_are_errors(lab):
     blind = copy.copy(lab)
     blind.unet = nn.Linear(1, 1)
-    for call in (lambda: record(blind), lambda: record(lab, attention=None), lambda: record(lab, attention="self")):
+    for call in (lambda: record(blind), lambda: record(lab, attention=None), lambda: record(lab, attention="both")):
         with pytest.raises(LabkitError), call():
             raise AssertionError("never reached")
     assert "steps" not in vars(blind) and not attached(lab)

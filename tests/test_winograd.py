@@ -109,4 +109,4 @@ def test_weights_are_saved_as_they_were():
     conv = layer()
     saved = WinogradConv(conv).state_dict()
     assert list(saved) == ["weight", "bias"] and torch.equal(saved["weight"], conv.weight) and torch.equal(saved["bias"], conv.bias)
-    assert len(list(transformed(conv.weight))) == 6
+    assert len(transformed(conv.weight)) == 6

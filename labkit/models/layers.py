@@ -4,7 +4,7 @@
     Attention(Q, K, V) = softmax(Q K^T / sqrt(d_head)) V                              Vaswani et al. 2017, eq. 1
     GEGLU(x) = (x W + b) * gelu(x V + c)                                              Shazeer 2020
 
-Attention has two taps: `probs`, the attention probabilities, and `heads`, the output of every head. While nobody listens at
+Attention has three taps: `q`, the queries, `probs`, the attention probabilities, and `heads`, the output of every head. While nobody listens at
 `probs` the fused kernel is used, which never forms the probabilities; where somebody does, the softmax is explicit. `attend`
 is that kernel: a function of q, k, v, which `labkit.optimize` exchanges for one that is faster on a CPU.
 """
@@ -74,12 +74,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list of one, because its parameters are called to_out.0
         self.attend = F.scaled_dot_product_attention
+        self.q = Tap()  # (B, heads, N, d)
         self.probs = Tap()  # (B, heads, N, L)
         self.heads = Tap()  # (B, heads, N, d)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads)
+        q = self.q(rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads))
         k = rearrange(self.to_k(context), "b l (h d) -> b h l d", h=self.num_heads)
         v = rearrange(self.to_v(context), "b l (h d) -> b h l d", h=self.num_heads)
         if self.probs.active:

@@ -41,6 +41,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(Up(config, level) for level in reversed(range(len(widths))))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.out = Tap()  # (B, 4, h, w) what is predicted: eps, v or x0
 
     def forward(self, x_t: Tensor, t: Tensor | int, c: Tensor | Condition) -> Tensor:
         self.check(x_t, c)
@@ -53,7 +54,7 @@ class UNet(nn.Module):
         h = self.mid_block(h, temb, c)
         for block in self.up_blocks:
             h = block(h, skips, temb, c)  # pops its skips
-        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 4, h, w)
+        return self.out(self.conv_out(F.silu(self.conv_norm_out(h))))  # (B, 4, h, w)
 
     def embed(self, x_t: Tensor, t: Tensor | int, c: Tensor | Condition) -> Tensor:
         """What every ResNet block is told: the timestep, and for SDXL the pooled text and the sizes; (B, temb)."""

@@ -82,8 +82,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (B, C0, H, W)
-        for block in self.down_blocks:
-            h = block(h)  # (B, Ci, H/2^i, W/2^i)
+        for layer in (layer for block in self.down_blocks for layer in block.layers()):
+            h = layer(h)  # (B, Ci, H/2^i, W/2^i)
         h = self.mid_block(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 8, h, w)
 
@@ -103,8 +103,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z))  # (B, C, h, w)
-        for block in self.up_blocks:
-            h = block(h)
+        for layer in (layer for block in self.up_blocks for layer in block.layers()):
+            h = layer(h)  # one after the other: a call of the whole block would keep its input, the largest map, until it ends
         return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 3, H, W)
 
 
@@ -120,12 +120,9 @@ class Stage(nn.Module):
         if up:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
-    def forward(self, h: Tensor) -> Tensor:
-        for block in self.resnets:
-            h = block(h)
-        for sampler in getattr(self, "downsamplers", getattr(self, "upsamplers", ())):
-            h = sampler(h)
-        return h
+    def layers(self) -> list[nn.Module]:
+        """What a map goes through, in this order."""
+        return [*self.resnets, *getattr(self, "downsamplers", getattr(self, "upsamplers", ()))]
 
 
 class Middle(nn.Module):

@@ -7,7 +7,8 @@ is bicubic and cut off below zero, and the middle block is left out. Here a map 
 of all tokens (BOS, EOS and padding among them) add up to 1 at every place.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,12 @@ from torch import Tensor
 from labkit.errors import LabkitError
 
 
+SHARE = "share of attention"
+
+
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """`map` (h, w) float32: the share of attention that the word had at each place; `averages` says in words of what."""
+    """`map` (h, w) float32: the attention that the word had at each place, measured in `unit`; `averages` says in words what was averaged."""
 
     word: str
     map: Tensor
@@ -26,6 +30,19 @@ class HeatMap:
     tokens: tuple[int, ...] = ()  # positions in the text encoder's sequence, BOS is 0
     branch: str = "cond"
     image: int = 0
+    picture: Callable[[int], object] | None = field(default=None, repr=False)  # image number -> the finished picture, PIL
+    unit: str = SHARE
+
+    def plot(self, picture=None):
+        """The map over the finished picture (or over a PIL picture of your own) as a matplotlib Figure; over grey where there is none."""
+        from PIL import Image
+
+        from labkit.plots.words import word_heatmaps
+
+        if picture is None:
+            h, w = self.map.shape
+            picture = self.picture(self.image) if self.picture else Image.new("L", (8 * w, 8 * h), 128)
+        return word_heatmaps(picture, [self], f"Where “{self.word}” had the attention")
 
     def resized(self, height: int, width: int) -> Tensor:
         """The map at another size, bilinear, (height, width)."""

@@ -24,20 +24,23 @@ def ddim(
     steps: int,
     eta: float = 0.0,
     noise: Callable[[], Tensor] | None = None,
+    first: int = 0,
 ) -> Iterator[Step]:
     """Sample from x = x_T ~ N(0, I), (B, C, h, w), in `steps` steps; equal to diffusers' DDIMScheduler, unclipped.
 
-    eta = 0 is deterministic, eta = 1 adds as much noise as DDPM does; `noise()` gives fresh noise of x's shape
-    (`Noise.draw`). Raises LabkitError on bad steps or eta, and where eta > 0 has no noise.
+    With `first`, x is the latent at which step number `first` begins, and the steps before it are left out. eta = 0 is deterministic, eta = 1 adds as much noise as DDPM does; `noise()` gives fresh noise of x's shape
+    (`Noise.draw`). Raises LabkitError on bad steps, eta or first, and where eta > 0 has no noise.
     """
-    visits = _visits(schedule, steps)
+    pairs = visits(schedule, steps)
     if not 0 <= eta <= 1:
         raise LabkitError(f"eta is {eta!r}: give a number from 0 (deterministic) to 1 (as noisy as DDPM).")
+    if not 0 <= first < steps:
+        raise LabkitError(f"first is {first!r}: of {steps} steps begin with number 0 to {steps - 1}.")
     if eta > 0:
         check_noise(noise)
 
     def run(x: Tensor) -> Iterator[Step]:
-        for i, ((t, s), later) in enumerate(and_next(visits)):
+        for i, ((t, s), later) in list(enumerate(and_next(pairs)))[first:]:
             a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
             eps = predict(denoise, x, t)
             x0 = _x0(x, eps, a_t)
@@ -68,14 +71,14 @@ def ddim_inverse(
 
     `Step.t` is the t arrived at and `Step.x` the latent there. Raises LabkitError on bad steps, `told` or `refine`.
     """
-    visits = _visits(schedule, steps)[::-1]
+    pairs = visits(schedule, steps)[::-1]
     if told not in ("later", "own"):
         raise LabkitError(f"told is {told!r}: use 'later' (as diffusers) or 'own' (as the DDIM paper).")
     if not isinstance(refine, int) or refine < 0:
         raise LabkitError(f"refine is {refine!r}: give 0 or a small positive integer.")
 
     def run(x: Tensor) -> Iterator[Step]:
-        for i, (t, s) in enumerate(visits):
+        for i, (t, s) in enumerate(pairs):
             a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
             x_s = x
             eps = predict(denoise, x_s, t if told == "later" else max(s, 0))  # below t = 0 there is no network
@@ -93,7 +96,7 @@ def _x0(x: Tensor, eps: Tensor, a: float) -> Tensor:
     return (x - sqrt(1 - a) * eps) / sqrt(a)  # by level, not by timestep: the final alpha_bar has none
 
 
-def _visits(schedule: Schedule, steps: int) -> list[tuple[int, int]]:
+def visits(schedule: Schedule, steps: int) -> list[tuple[int, int]]:
     """The pairs (t, s) of the steps t -> s; s < 0 stands for the final alpha_bar.
 
     s = t - T // steps, as diffusers has it. For leading spacing that is the next t; for trailing it is within one

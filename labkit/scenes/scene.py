@@ -169,6 +169,17 @@ def sample_scene(
     raise LabkitError(f"no scene found in 1000 tries with held_out={held_out!r}, counts={tuple(counts)}; loosen them")
 
 
+def with_object(rng: np.random.Generator, scene: Scene, obj: Object, tries: int = 200) -> Scene | None:
+    """The same scene with one more object, at a place drawn so that all stay in frame and apart; None where it does not fit."""
+    camera, placed = scene.camera(), list(scene.objects)
+    boxes = [screen_box(camera, one) for one in placed]
+    for _ in range(tries):
+        candidate = replace(obj, x=round(rng.uniform(-1.3, 1.3), 4), y=round(rng.uniform(-1.2, 1.4), 4))
+        if _fits(candidate, screen_box(camera, candidate), placed, boxes):
+            return replace(scene, objects=(*scene.objects, candidate))
+    return None
+
+
 def _draw(rng, what: str, choices: tuple, weights: Mapping[str, Mapping]):
     p = np.array([weights.get(what, {}).get(choice, 1.0) for choice in choices], dtype=float)
     if p.min() < 0 or p.sum() == 0:

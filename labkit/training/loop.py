@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from labkit.device import keep_freed_memory
+from labkit.device import has_bfloat16, keep_freed_memory
 from labkit.errors import CheckpointError, LabkitError
 
 
@@ -41,7 +41,11 @@ class LoopConfig:
     seed: int = 0
     save_every: int = 200
     sheet_every: int = 1000
-    mixed_precision: str = "no"  # "bf16" on a GPU, and for large matrix products on a CPU that has them
+    mixed_precision: str = "no"  # "bf16": where the device computes in it; elsewhere, on an older laptop, float32 as with "no"
+
+    def autocasts(self, device: torch.device) -> bool:
+        """Whether bfloat16 is asked for and the device has it."""
+        return self.mixed_precision == "bf16" and has_bfloat16(device)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: rise, plateau, fall."""
@@ -152,7 +156,7 @@ class State:
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(step) * player.lr_factor
             # torch's own, since accelerate keeps one precision for the whole process and our stages have one each
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.autocasts(self.accelerator.device)):
                 out = objective(batch)
             values = self.accelerator.reduce(torch.stack([v.detach().float() for v in out.values()]), reduction="mean").tolist()
             losses.update(zip(out, values) if len(self.objectives) == 1 else {f"{player.name}.{k}": v for k, v in zip(out, values)}.items())

@@ -4,18 +4,21 @@ Each stage keeps its state in a folder of its own (runs/tabletop/clip, ...), res
 the stages before. `export` writes the averaged weights as a model folder that labkit and diffusers open.
 """
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from labkit.checkpoint import save_pipeline, write_sums
+from labkit.checkpoint import load_pipeline, save_pipeline, write_sums
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.models.clip import CLIPText
 from labkit.models.config import TABLETOP_TEXT, TABLETOP_UNET, TABLETOP_VAE, UNetConfig, VAEConfig
 from labkit.models.files import write_safetensors
+from labkit.models.sources import resolve
 from labkit.models.tokenizer import Tokenizer, build_vocabulary
 from labkit.models.tower import ImageTower
 from labkit.models.unet import UNet
@@ -46,10 +49,23 @@ class Preset:
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
     gamma: float = 5.0  # of the min-SNR weights
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
+    start: str | None = None  # a model folder whose weights are trained on; None: from nothing
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What is trained: all, or, of a model that is there already, all but the image tower's contrast, which has done its work."""
+        return STAGES if self.start is None else STAGES[1:]
 
 
 PRESETS = {
     "tabletop": Preset(),
+    # the shipped model, trained on: no crops, no discriminator, which a decoder that reconstructs already would only lose decibels to
+    "further": Preset(
+        vae=LoopConfig(steps=9000, batch_size=4, lr=6e-4, cooldown=0.5, ema_decay=0.998, mixed_precision="bf16"),
+        vae_loss=VAELoss(perceptual=1.0, perceptual_from=0, adversarial_from=10**9, full_from=0),
+        diffusion=LoopConfig(steps=9000, batch_size=32, lr=6e-4, cooldown=0.4, mixed_precision="bf16"),
+        start="tabletop",
+    ),
     # a few minutes from end to end, to see the machinery work; its pictures are coloured blobs
     "smoke": Preset(
         pictures=500,
@@ -72,7 +88,9 @@ def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str
     if stage == "verifier":
         verifier.main(folder, folder / "judge", device=device)
         return
-    for name in STAGES if stage == "all" else (stage,):
+    if stage == "clip" and preset.start is not None:
+        raise LabkitError(f"the preset trains {preset.start} on, whose image tower is trained already; train {', '.join(preset.stages)} or all")
+    for name in preset.stages if stage == "all" else (stage,):
         {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion}[name](folder, preset, device)
     if stage == "all":
         export(folder, preset, folder / "model")
@@ -87,21 +105,33 @@ def train_clip(folder: Path, preset: Preset, device: str | None) -> None:
 
 def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.vae.seed)
-    tower = take(folder / "clip", image_tower=ImageTower())[0]
-    run(autoencoding.recipe(VAE(preset.vae_config), tower, pictures(folder, preset), preset.vae_loss), preset.vae, folder / "vae", device)
+    tower = image_tower(folder, preset)
+    vae = VAE(preset.vae_config) if preset.start is None else deepcopy(load_pipeline(preset.start).vae).train().requires_grad_(True)
+    run(autoencoding.recipe(vae, tower, pictures(folder, preset), preset.vae_loss), preset.vae, folder / "vae", device)
 
 
 def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.diffusion.seed)
     tokenizer, autoencoder = build_tokenizer(), take(folder / "vae", vae=VAE(preset.vae_config))[0]
-    text = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0]
+    if preset.start is None:
+        text, unet = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0], diffusion.start_quiet(UNet(preset.unet_config))
+    else:
+        parts = load_pipeline(preset.start)
+        text, unet = deepcopy(parts.text_encoder), deepcopy(parts.unet).train().requires_grad_(True)
     latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
-    unet = diffusion.start_quiet(UNet(preset.unet_config))
     recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule, preset.gamma)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    explicit = on_cpu and preset.diffusion.mixed_precision == "bf16"  # in float32 it is slower
+    explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
     with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
         run(recipe, preset.diffusion, folder / "diffusion", device)
+
+
+def image_tower(folder: Path, preset: Preset) -> ImageTower:
+    if preset.start is None:
+        return take(folder / "clip", image_tower=ImageTower())[0]
+    tower = ImageTower()
+    tower.load_state_dict(load_file(resolve(preset.start) / "image_tower" / "model.safetensors"))
+    return tower.eval().requires_grad_(False)
 
 
 def pictures(folder: Path, preset: Preset):
@@ -133,7 +163,7 @@ def export(folder: str | Path, preset: Preset, target: str | Path) -> None:
     """Write the averaged weights of all three stages to `target`: a model folder in float16, the image tower beside it, SHA-256 sums."""
     folder, target = Path(folder), Path(target)
     tokenizer = build_tokenizer()
-    tower = take(folder / "clip", image_tower=ImageTower())[0]
+    tower = image_tower(folder, preset)
     scale = diffusion.saved_scale(folder / "latents.safetensors")
     vae = take(folder / "vae", vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
     unet, text = take(folder / "diffusion", unet=UNet(preset.unet_config), text_encoder=text_encoder(tokenizer))

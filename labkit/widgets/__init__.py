@@ -1,11 +1,19 @@
-"""The figures of `plots`, with a knob.
+"""The figures of `plots`, with pointer and sliders.
 
-A widget here is drawn by JupyterLab alone: its pictures are made beforehand and travel to the browser once, so moving the
-knob asks nothing of the kernel, which may be busy, slow or dead. Every widget stands beside the same content as a static
-figure, because widgets do not survive in saved notebooks, HTML pages and other editors.
+    explore(trace)                a picture, its words, steps, layers and heads
+    guidance_slider(sweep)        one prompt under several guidance scales
+    before_after(before, after)   an edit, with the maps of both prompts
+    flip(frames, labels, ...)     figures drawn beforehand, one at a time
+
+All are values of one `View`, drawn by one file, panels.js: what is shown is made beforehand and travels to the browser once,
+so pointing and sliding ask nothing of the kernel. `to_html()` makes one page of it that needs no network, `to_png()` the figure
+that also stands below every widget, because widgets do not survive in saved notebooks and other editors.
 """
 
+from labkit.widgets.before_after import before_after
+from labkit.widgets.explorer import explore
 from labkit.widgets.flip import flip
 from labkit.widgets.guidance import guidance_slider
+from labkit.widgets.view import View
 
-__all__ = ["flip", "guidance_slider"]
+__all__ = ["View", "before_after", "explore", "flip", "guidance_slider"]

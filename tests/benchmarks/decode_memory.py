@@ -79,8 +79,8 @@ def decoded(way: str, side: int, folder: str) -> None:
     else:
         vae = plain_vae(folder)
         if way.startswith("optimised"):
+            vae = pack(vae, but="encoder")
             keep_freed_memory()
-            vae = pack(vae)
         decode = partial(decode_in_strips if way.endswith("strips") else VAE.decode, vae)
     z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
     before = largest()

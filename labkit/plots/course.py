@@ -1,4 +1,4 @@
-"""Figures of the course: pictures in rows, lines, maps and fields of arrows. Like those of labkit.plots: data in, a matplotlib `Figure` out.
+"""Figures of the course: pictures in rows, lines, maps and fields of arrows. Data in, a matplotlib `Figure` out.
 
     strips(rows, columns, ...)        rows of pictures, each row with a name
     curves(lines, ...)                lines over one axis; told apart by colour and by dashes
@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
-from torch import Tensor
 
 from labkit.errors import LabkitError
-from labkit.plots import DPI, LABEL, LARGEST, MAP, SMALL, TITLE, WIDTH, grid, picture
+from labkit.plots.canvas import DPI, LABEL, LARGEST, MAP, SMALL, TITLE, WIDTH, grid, picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe & Ito: apart to all eyes
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
@@ -70,7 +70,7 @@ def curves(
 
 
 def maps(
-    values: Sequence[Tensor], titles: Sequence[str], bar: str, title: str, alt: str, signed: bool = False,
+    values: Sequence["Tensor"], titles: Sequence[str], bar: str, title: str, alt: str, signed: bool = False,
     ticks: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> "Figure":  # fmt: skip
     """Panels (h, w) on one scale with one colour bar; `signed`: white is zero, limits are symmetric; `ticks`: names of the rows and columns."""
@@ -105,7 +105,7 @@ def maps(
 
 
 def arrows(
-    fields: Mapping[str, tuple[Tensor, Tensor]], points: Tensor, title: str, alt: str, names: tuple[str, str] = ("", "")
+    fields: Mapping[str, tuple["Tensor", "Tensor"]], points: "Tensor", title: str, alt: str, names: tuple[str, str] = ("", "")
 ) -> "Figure":
     """One panel a field {name: (places (N, 2), vectors (N, 2))}, all with arrows of one scale, over a cloud of `points` (M, 2); `names` of the axes."""
     if not fields or any(at.shape != v.shape or at.ndim != 2 or at.shape[1] != 2 for at, v in fields.values()):
@@ -125,7 +125,7 @@ def arrows(
     figure.labkit_alt = alt
     return figure
 
-def clouds(points: Mapping[str, Tensor], title: str, alt: str, limit: float | None = None) -> "Figure":
+def clouds(points: Mapping[str, "Tensor"], title: str, alt: str, limit: float | None = None) -> "Figure":
     """One panel a cloud of points {name: (N, 2)}, all with the same axes; `limit` cuts them at plus and minus that."""
     if not points or any(p.ndim != 2 or p.shape[1] != 2 for p in points.values()):
         raise LabkitError("A cloud is a tensor (N, 2): two numbers a point.")
