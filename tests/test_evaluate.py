@@ -219,7 +219,7 @@ def test_sheets_frame_what_is_wrong():
     assert np.asarray(grid([grey] * 3, columns=2)).shape == (256, 256, 3)
 
 
-# -- beside a person -----------------------------------------------------------------------------------------------
+# -- beside labels made by eye ---------------------------------------------------------------------------------------
 
 
 def test_labels_are_of_the_pictures():

@@ -1,4 +1,4 @@
-"""How often the reader of pictures agrees with a person who looked at a hundred generated pictures before it did.
+"""How often the reader of pictures agrees with labels that were made by eye, of a hundred generated pictures, before it had read any.
 
     python tests/benchmarks/agreement.py
 
