@@ -34,7 +34,7 @@ SIDE = {
     "training": (LAYER["diffusion"], {"scenes"}),
     "adapters": (LAYER["diffusion"], set()),
     "checks": (LAYER["plots"], {"scenes"}),
-    "measure": (LAYER["plots"], {"scenes", "training"}),
+    "measure": (LAYER["plots"], {"scenes"}),
 }
 # Where the main line may look into a side room.
 DOORS = {("__main__", "training"), ("__main__", "scenes"), ("__main__", "measure"), ("__init__", "scenes")}

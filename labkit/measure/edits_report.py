@@ -17,7 +17,7 @@ from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.measure.edit_cases import KINDS
 from labkit.measure.edits import FORCED, NO_EDITING, PROTOCOLS, Plan, Setting, measure, write
-from labkit.training.measures import share
+from labkit.scenes.verify import share
 
 GRID = tuple(Setting(cross, self_) for self_ in (0.0, 0.2, 0.5) for cross in (0.0, 0.4, 0.8, 1.0))
 PART = 10  # the frontier is measured on one scene in so many
