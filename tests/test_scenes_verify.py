@@ -131,7 +131,8 @@ def test_a_picture_s_answer_does_not_depend_on_its_batch():
 def test_shipped_reader_sees_what_is_there():
     """On 60 scenes of all kinds, a fifth of them sketches, that no training has seen; the published shares are of 5,000."""
     of = scenes(WORLD, TEST_SEED + 6000, 50) + scenes(HeldOut(), TEST_SEED + 6000, 10)
-    tallies, bounds = {}, {"material": 0.82, "everything": 0.65}  # white metal mirrors its surroundings; rubber and metal differ by little in a sketch
+    # white metal mirrors its surroundings, and hatching hides a shine: see the card
+    tallies, bounds = {}, {"material": 0.82, "material, sketch": 0.5, "everything": 0.65}
     for scene, said in zip(of, read(render_many(of, workers=1))):
         for name, right in compare(scene, said).items():
             tallies.setdefault(name, []).extend(right)

@@ -32,7 +32,7 @@ RARE = 500  # scenes with held-out combinations
 
 
 def publish(lab, data: Path, pictures: int = 5000, reader: Reader | None = None, progress: bool = True) -> dict:
-    """The reader's hits on `pictures` test renders, on their reconstructions by a model, and on rare combinations: {where: {what: share}}.
+    """The reader's hits on `pictures` test renders, on what a model reconstructs of them, on rare combinations: {where: {what: share}}.
 
     data: the folder where renders are kept, made if need be. Raises LabkitError for no pictures.
     """
