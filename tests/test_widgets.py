@@ -18,7 +18,6 @@ from labkit.probes.heatmap import HeatMap
 from labkit.probes.record import record
 from labkit.probes.sweep import Sweep
 from labkit.widgets import before_after, explore, guidance_slider, maps, view
-from labkit.widgets.explorer import short
 
 SCALES, SEEDS = (0.0, 1.0, 4.0, 7.5), (3, 5)
 PROMPT = "a red ball left of a blue cube"
@@ -271,14 +270,18 @@ def test_families_cost_what_they_add(recorded):
     assert reckoned == len(blob) - sum(length for _, length in state["panels"][0]["pictures"])
 
 
-@pytest.mark.parametrize("layer, name", [
-    ("down_blocks.0.attentions.1.transformer_blocks.0.attn2", "down 0.1"),
-    ("up_blocks.2.attentions.0.transformer_blocks.3.attn2", "up 2.0.3"),
-    ("mid_block.attentions.0.transformer_blocks.0.attn2", "middle"),
-    ("mid_block.attentions.0.transformer_blocks.7.attn2", "middle 7"),
-])  # fmt: skip
-def test_layers_have_short_names(layer, name):
-    assert short(layer) == name
+def test_layers_are_called_what_traces_and_interventions_call_them(recorded):
+    trace, _ = recorded
+    layer = next(axis for axis in explore(trace).axes if axis.name == "layer")
+    assert layer.values == ("all layers", "down.0.0.0", "mid.0.0", "up.1.0.0", "up.1.1.0")
+    assert [trace.layers(name) for name in layer.values[1:]] == [(name,) for name in trace.layers()]
+
+
+def test_what_was_left_out_is_said(recorded, monkeypatch):
+    monkeypatch.setattr(maps, "MAP_BYTES", 5000)
+    made = explore(recorded[0])
+    assert "head" not in [axis.name for axis in made.axes] and "no room for the maps of head and of head by layer" in made.state["help"]
+    assert "no room" not in explore(recorded[0], layers="mid*").state["help"]
 
 
 @pytest.mark.parametrize("asked, said", [

@@ -11,6 +11,7 @@ from PIL import Image
 from labkit import plots
 from labkit.errors import LabkitError
 from labkit.generation import Generation
+from labkit.probes.sites import short
 from labkit.probes.trace import Run, Trace
 from labkit.widgets.maps import Grid, grid, kept_apart
 from labkit.widgets.view import Axis, Panel, View
@@ -40,7 +41,8 @@ def explore(trace: Trace | Run, picture: Generation | Image.Image | None = None,
     maps = {tuple(position for position, kept in zip(key, keep) if kept): m for key, m in shown.maps.items()}
     figure = plots.word_heatmaps(pictures[0], heatmaps, f"“{plots.plain(prompt)}”: where each word had the attention")
     text = f"[An explorer of the attention of “{prompt}”: run this cell in JupyterLab to move in it. The maps of its words are below.]"
-    return View(f"“{prompt}”", (Panel(pictures, alt, shown.words, maps),), axes, figure, text)
+    note = f" There was no room for the maps of {' and of '.join(shown.left_out)}; fewer layers= make some." if shown.left_out else ""
+    return View(f"“{prompt}”", (Panel(pictures, alt, shown.words, maps),), axes, figure, text, note)
 
 
 def spread(steps: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,16 +62,6 @@ def axes_of(shown: Grid, steps: list[str], trajectory: bool) -> tuple[tuple[Axis
     if by_head:
         axes.append(Axis("head", ("all heads", *(f"head {h} of {shown.heads}" for h in range(shown.heads))), maps=True))
     return tuple(axes), (by_step, by_layer, by_head)
-
-
-def short(layer: str) -> str:
-    """A layer's name for people: "up_blocks.1.attentions.0.transformer_blocks.0.attn2" is "up 1.0"; a deeper transformer's blocks are counted too."""
-    parts = layer.split(".")
-    place = parts[0].removesuffix("_block").removesuffix("_blocks")
-    numbers = [part for part in parts[1:] if part.isdigit()]
-    if len(numbers) > 1 and numbers[-1] == "0":
-        numbers.pop()  # the first, and mostly only, transformer block
-    return f"{place} {'.'.join(numbers)}" if place != "mid" else "middle" + "".join(f" {n}" for n in numbers[1:])
 
 
 def finished(picture: Generation | Image.Image, image: int) -> Image.Image:

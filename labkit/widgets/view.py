@@ -79,6 +79,7 @@ class View:
     axes: tuple[Axis, ...]
     figure: "Figure"
     text: str  # what stands there where widgets cannot be drawn
+    note: str = ""  # added to the help that stands below
 
     @property
     def state(self) -> dict:
@@ -142,7 +143,7 @@ def packed(view: View) -> tuple[dict, bytes]:
         words = [vars(word) for word in panel.words]
         panels.append({"label": panel.label, "alt": panel.alt, "pictures": spans, "words": words, "maps": maps})
     axes = [{**vars(axis), "label": axis.name, "values": list(axis.values), "play": axis.first is not None} for axis in view.axes]
-    state = {"title": view.title, "help": HELP, "colours": colours(), "tint": plots.TINT, "axes": axes, "panels": panels}
+    state = {"title": view.title, "help": HELP + view.note, "colours": colours(), "tint": plots.TINT, "axes": axes, "panels": panels}
     if (size := len(blob) + len(json.dumps(state))) > MOST_BYTES:
         raise LabkitError(f"The view takes {size:,} bytes, more than {MOST_BYTES:,}: show fewer pictures, or layers='up_blocks.*' instead of all layers.")
     return state, bytes(blob)
