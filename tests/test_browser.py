@@ -282,7 +282,7 @@ def test_the_map_lies_over_the_picture_the_right_way_up(explorer):
     page.locator("[data-ready]").wait_for(timeout=PATIENCE * 1000)
     page.get_by_role("button", name="one scale").click()
     for text in ("ball", "cube", "red"):
-        m = trace.heatmap(text).map  # (8, 8)
+        m = trace.heatmap(text, layers="*").map  # (8, 8)
         word(page, text).hover()
         (canvas,) = drawn(page)
         lightness = torch.tensor(canvas).view(32, 32, 3).sum(-1)[2::4, 2::4]  # near the middle of each place
@@ -293,7 +293,7 @@ def test_the_map_lies_over_the_picture_the_right_way_up(explorer):
 def test_pointing_at_a_place_says_which_words_it_listens_to(explorer):
     page, trace = explorer
     everywhere, n = said(page), len(PROMPT.split())
-    probs = {text: trace.heatmap(text).map for text in ("ball", "cube")}
+    probs = {text: trace.heatmap(text, layers="*").map for text in ("ball", "cube")}
     seen = []
     for y, x in ((1, 6), (5, 2)):
         point(page, (x + 0.5) / 8, (y + 0.5) / 8)

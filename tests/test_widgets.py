@@ -183,8 +183,8 @@ def test_all_layers_together_are_the_heat_map(recorded):
     made = explore(trace)
     for i, word in enumerate(made.state["panels"][0]["words"]):
         if word["text"] in ("red", "ball", "cube"):
-            assert np.allclose(sent(made, 0, "0,0")[i], trace.heatmap(word["text"]).map.numpy(), atol=2e-3), word
-            assert np.allclose(sent(made, 0, "0,2")[i], trace.heatmap(word["text"], head=1).map.numpy(), atol=2e-3), word
+            assert np.allclose(sent(made, 0, "0,0")[i], trace.heatmap(word["text"], layers="*").map.numpy(), atol=2e-3), word
+            assert np.allclose(sent(made, 0, "0,2")[i], trace.heatmap(word["text"], layers="*", head=1).map.numpy(), atol=2e-3), word
 
 
 def test_a_word_that_stands_there_twice_is_two_words(recorded):
@@ -192,7 +192,7 @@ def test_a_word_that_stands_there_twice_is_two_words(recorded):
     ids = [word["id"] for word in made.state["panels"][0]["words"]]
     assert ids == ["a", "red", "ball", "left", "of", "a 2", "blue", "cube", "<start>", "<rest>"]
     shares = sent(made, 0, "0,0")
-    assert np.allclose(shares[0] + shares[5], recorded[0].heatmap("a").map.numpy(), atol=4e-3)
+    assert np.allclose(shares[0] + shares[5], recorded[0].heatmap("a", layers="*").map.numpy(), atol=4e-3)
 
 
 def test_the_trajectory_is_the_decoded_x0_of_each_step(recorded):
@@ -236,7 +236,7 @@ def test_a_trace_that_keeps_steps_apart_gets_a_slider_of_maps(recorded, keep, na
             want = trace.attention("cube", layer, step=step, image=1)
             want = want.mean("head").values if "head" in want.axes else want.values
             assert np.allclose(sent(made, 0, f"{step + 1},{l}{rest}")[1], want.numpy(), atol=2e-3), (step, layer)
-        assert np.allclose(sent(made, 0, f"{step + 1},0{rest}")[1], trace.heatmap("cube", image=1, step=step).map.numpy(), atol=2e-3)
+        assert np.allclose(sent(made, 0, f"{step + 1},0{rest}")[1], trace.heatmap("cube", image=1, layers="*", step=step).map.numpy(), atol=2e-3)
     if keep == "raw":
         want = trace.attention("a", trace.layers()[1], step=2, head=1, image=1).values
         assert np.allclose(sent(made, 0, "3,2,2")[0], want.numpy(), atol=2e-3)
