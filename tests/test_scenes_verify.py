@@ -132,12 +132,12 @@ def test_shipped_reader_sees_what_is_there():
     """On 60 scenes of all kinds, a fifth of them sketches, that no training has seen; the published shares are of 5,000."""
     of = scenes(WORLD, TEST_SEED + 6000, 50) + scenes(HeldOut(), TEST_SEED + 6000, 10)
     # white metal mirrors its surroundings, and hatching hides a shine: see the card
-    tallies, bounds = {}, {"material": 0.82, "material, sketch": 0.5, "everything": 0.65}
+    tallies, bounds = {}, {"material": 0.9, "material, sketch": 0.6, "everything": 0.75}
     for scene, said in zip(of, read(render_many(of, workers=1))):
         for name, right in compare(scene, said).items():
             tallies.setdefault(name, []).extend(right)
     for name, rows in tallies.items():
-        assert np.mean(rows) >= bounds.get(name, 0.9), (name, np.mean(rows))
+        assert np.mean(rows) >= bounds.get(name, 0.95), (name, np.mean(rows))
     assert (WEIGHTS / "model.safetensors").stat().st_size < 3 * 2**20
 
 

@@ -8,7 +8,7 @@ Two protocols. *Forced* (teacher-forced): a rendered scene with its true caption
 are exact. *Free*: the picture is drawn from the caption, and the verifier (labkit.scenes.verify) says where the described object is; its own error
 is published in the model card. A word whose object is not found in the picture is counted as not drawn and has no score.
 
-Beside the single heads stand the ways of averaging them (METHODS): ours over everything, the two papers', that over the second half of the steps, and
+Beside the single heads stand the ways of averaging them (METHODS): the mean over everything, middle block included, the two papers', that over the second half of the steps, and
 it spread by self-attention, since places that look at each other belong together (Wang et al. 2023, arXiv:2309.02773):
 
     m' = S m - min(S m),    S = mean self-attention of the finest layers, second half of the steps
@@ -197,7 +197,7 @@ def shares(maps: Maps, tokens: tuple[int, ...]) -> Maps:
 
 
 def average(maps: Maps, tokens: tuple[int, ...]) -> Tensor:
-    """Our heat map: the mean over steps, heads and layers, (SIDE, SIDE)."""
+    """The mean over steps, heads and layers, (SIDE, SIDE)."""
     return mean_of([enlarged(share.mean((0, 1))) for share in shares(maps, tokens).values()])
 
 
