@@ -49,7 +49,7 @@ def grounding_atlas(found: dict, kind: str = "shape", protocol: str | None = Non
         right.annotate(f"{ap['value']:.2f}", (max(ap["value"], ap["high"]), y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
     right.set_yticks(range(len(ways)), [way.replace("_", "-") for way, *_ in ways[::-1]], fontsize=SMALL)
     right.set_xlim(0, 1.1)
-    right.set_xlabel("average precision (line: 95 % interval; grey: baselines)", fontsize=LABEL)
+    right.set_xlabel("average precision\n(lines: 95 % intervals; grey: baselines)", fontsize=LABEL)
     right.tick_params(labelsize=SMALL)
     right.spines[["top", "right"]].set_visible(False)
     best = one["best head"]
