@@ -38,8 +38,9 @@ class Tap(nn.Module):
             y = fn(x, name)
             if y is None:
                 continue
-            if y.shape != x.shape:
-                raise LabkitError(f"a listener at {name} returned shape {tuple(y.shape)}, the tap carries {tuple(x.shape)}")
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                said = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}; a tensor replaces, None only reads"
+                raise LabkitError(f"a listener at {name} returned {said}, the tap carries {tuple(x.shape)}")
             x = y
         return x
 

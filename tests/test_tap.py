@@ -101,3 +101,6 @@ def test_a_replacement_must_have_the_shape(network):
     with pytest.raises(LabkitError, match=r"1.out returned shape \(1, 3\), the tap carries \(2, 3\)"):
         with listen(network, {"1.out": lambda x, name: x[:1]}):
             network(X)
+    with pytest.raises(LabkitError, match="1.out returned a tuple; a tensor replaces, None only reads"):
+        with listen(network, {"1.out": lambda x, name: (x, x)}):
+            network(X)

@@ -46,7 +46,7 @@ def evaluate(lab, out: str | Path, plan: Plan = Plan(), data: str | Path = RENDE
     true = renders(WORLD, CAPTION_SEED, plan.captions, Path(data))
     other = renders(WORLD, TEST_SEED, plan.captions, Path(data))
     found = {"model": lab.name, "steps": steps, "seeds": plan.seeds, "prompts": plan.prompts, "runs": [],
-             "renders": whole(true) | {"frechet": round(measures.frechet(vectors(tower, other), vectors(tower, true)), 3)},
+             "renders": whole(true) | {"frechet": round(measures.frechet(vectors(tower, other), vectors(tower, true)), 4)},
              "reconstruction": reconstruction(lab, renders(WORLD, TEST_SEED, plan.reconstructions, Path(data)))}
     for w in scales:
         folder = out / f"w-{w:g}"
@@ -107,7 +107,7 @@ def pictured(tower, drawn: dict, true: np.ndarray) -> dict:
         distances += [measures.apart(measures.features(tower, tensor(np.stack(few)))[0]) for few in together.values() if len(few) > 1]
     captioned = np.stack([picture for _, picture in drawn["captions"]])
     diversity = {"diversity": round(float(np.mean(distances)), 4)} if distances else {}
-    return diversity | whole(captioned) | {"frechet": round(measures.frechet(vectors(tower, captioned), vectors(tower, true)), 3)}
+    return diversity | whole(captioned) | {"frechet": round(measures.frechet(vectors(tower, captioned), vectors(tower, true)), 4)}
 
 
 def whole(pictures: np.ndarray) -> dict[str, float]:

@@ -81,9 +81,9 @@ def load_tower() -> ImageTower:
 
 @torch.no_grad()
 def features(tower: ImageTower, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The tower's maps (B, C_l, h_l, w_l), each place of length one, and its vector (B, 128); x (B, 3, 128, 128) in [0, 1]."""
+    """The tower's maps (B, C_l, h_l, w_l), each place of length one, and its vector (B, 128), of length one as contrastive training compares it; x (B, 3, 128, 128) in [0, 1]."""
     signed = x * 2 - 1
-    return [F.normalize(maps, dim=1) for maps in tower.features(signed)], tower(signed)
+    return [F.normalize(maps, dim=1) for maps in tower.features(signed)], F.normalize(tower(signed), dim=1)
 
 
 def apart(maps: list[Tensor]) -> float:
