@@ -182,6 +182,15 @@ def test_the_samplers_references_are_the_samplers():
     assert torch.allclose(by_hand * signal(sigmas[2]), steps[1].x)
 
 
+def test_the_iou_is_that_of_the_measured_grounding():
+    from labkit.checks import looking
+    from labkit.measure.grounding import ious
+
+    m, mask = seeded(6, 6).abs(), seeded(6, 6, seed=1) > 0.2
+    for tau in (0.1, 0.3, 0.7):
+        assert torch.allclose(looking.iou.reference(m, mask, tau), ious(m, mask, (tau,))[0])
+
+
 def test_psnr_is_the_evaluations_and_the_scale_factor_the_trainings():
     from labkit.checks import autoencoder
     from labkit.models.vae import DiagonalGaussian
