@@ -100,6 +100,12 @@ class Run:
     def K(self) -> int:
         return len(self.targets)
 
+    @property
+    def unchanged(self) -> list[int]:
+        """The targets that ask for no change, and so are the source: bit by bit, unless an inversion pins the source to its path."""
+        same = [k for k, (text, c) in enumerate(zip(self.targets, self.controls)) if text == self.source and bool((c.weights == 1).all())]
+        return [] if self.inversion is not None and self.inversion.pinned else same
+
     def control(self, cross, self_attention, reweight, method: str = "replace") -> None:
         """Work out what is edited when, for each target."""
         T, said = self.recipe.steps, {"cross": cross, "self_attention": self_attention, "reweight": reweight}
@@ -130,7 +136,7 @@ class Run:
                 pass
         latents = rearrange(step.x, "(s k) c h w -> k s c h w", s=self.S)
         images = to_pil(self.lab.decode(rearrange(latents, "k s c h w -> (k s) c h w")))
-        images = [images[k * self.S : (k + 1) * self.S] for k in range(1 + self.K)]
+        images = [images[(0 if k - 1 in self.unchanged else k) * self.S :][: self.S] for k in range(1 + self.K)]
         y, x = next(iter(self.words.values()))
         maps = rearrange(self.maps / self.calls, "s k (y x) l -> k s y x l", y=y, x=x).cpu()
         masks = None if self.masks is None else self.masks.cpu()
@@ -204,9 +210,11 @@ class Run:
         """Where the step goes on from: the source on its path, where it is pinned to one; its latents outside of the masks."""
         pinned = self.inversion is not None and self.inversion.pinned
         blends = {k: one for k, one in enumerate(self.blends) if one and self.maps is not None and step.i >= int(one[0].start * self.recipe.steps)}
-        if not (blends or pinned):
+        if not (blends or pinned or self.unchanged):
             return None
         latents = rearrange(step.x, "(s k) c h w -> k s c h w", s=self.S).clone()
+        for k in self.unchanged:  # kernels may round the rows of a batch differently, by how threads share them
+            latents[1 + k] = latents[0]
         if pinned:
             latents[0] = self.inversion.path[self.recipe.steps - 1 - step.i].to(latents)
         if blends and self.masks is None:
