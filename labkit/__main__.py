@@ -233,7 +233,7 @@ def fast(lab: "labkit.LatentDiffusion") -> "labkit.LatentDiffusion":
     """The same model, optimised where it can be."""
     from labkit.packing import available
 
-    return labkit.optimize(lab) if lab.device.type == "cpu" and available() else lab
+    return labkit.optimize(lab) if lab.device.type == "cpu" and available(lab.dtype) else lab
 
 
 def measure(a: argparse.Namespace) -> None:

@@ -157,6 +157,22 @@ def tokenizer(pad: str, full: bool) -> Tokenizer:
     return Tokenizer(vocab, merges, pad=pad)
 
 
+def beside_diffusers(pipelines: dict[str, str], kind: str, folder: Path) -> dict:
+    """{family: (LatentDiffusion, diffusers' pipeline of a kind, with DDIM)} of the same weights; `pipelines` has "XL" for those whose class is so named."""
+    import diffusers
+    from labkit.checkpoint import load_pipeline
+    from labkit.diffusion import LatentDiffusion
+
+    made = {}
+    for family, xl in pipelines.items():
+        at = write(family, folder / family)
+        pipe = getattr(diffusers, f"StableDiffusion{xl}{kind}Pipeline").from_pretrained(at)
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        made[family] = LatentDiffusion(**vars(load_pipeline(at))), pipe
+    return made
+
+
 def write(family: str, folder: Path, full: bool = False, dtype: torch.dtype = torch.float32, **options) -> Path:
     """Save the family's pipeline, part by part (one in memory at a time), as diffusers' and transformers' own save_pretrained does."""
     kind, parts, said = FULL[family] if full else narrow(family)

@@ -1,13 +1,10 @@
 """image_to_image: the same pictures as diffusers' image-to-image pipelines, and what strength means."""
 
-import diffusers
 import pytest
 import torch
-from families import write
+from families import beside_diffusers
 
 import labkit
-from labkit.checkpoint import load_pipeline
-from labkit.diffusion import LatentDiffusion
 from labkit.editing import image_to_image as room
 from labkit.editing.image_to_image import taken
 from labkit.errors import LabkitError
@@ -21,14 +18,7 @@ PICTURES = to_pil(torch.rand(2, 3, H, W, generator=torch.Generator().manual_seed
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    made = {}
-    for family, xl in PIPELINES.items():
-        folder = write(family, tmp_path_factory.mktemp("i2i") / "m")
-        pipe = getattr(diffusers, f"StableDiffusion{xl}Img2ImgPipeline").from_pretrained(folder)
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        made[family] = LatentDiffusion(**vars(load_pipeline(folder))), pipe
-    return made
+    return beside_diffusers(PIPELINES, "Img2Img", tmp_path_factory.mktemp("i2i"))
 
 
 def apart(a, b):

@@ -6,12 +6,11 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from families import write
+from families import beside_diffusers
 from PIL import Image
 
 import labkit
-from labkit.checkpoint import load_pipeline
-from labkit.diffusion import Course, LatentDiffusion
+from labkit.diffusion import Course
 from labkit.generation import from_pil, to_pil
 from labkit.editing import inpaint as room
 from labkit.errors import LabkitError
@@ -27,14 +26,7 @@ MASK.putpixel((0, 0), 127)  # nearly half white is black
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    made = {}
-    for family, xl in PIPELINES.items():
-        folder = write(family, tmp_path_factory.mktemp("inpaint") / "m")
-        pipe = getattr(diffusers, f"StableDiffusion{xl}InpaintPipeline").from_pretrained(folder)
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        made[family] = LatentDiffusion(**vars(load_pipeline(folder))), pipe
-    return made
+    return beside_diffusers(PIPELINES, "Inpaint", tmp_path_factory.mktemp("inpaint"))
 
 
 def apart(a, b):

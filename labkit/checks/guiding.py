@@ -6,7 +6,6 @@
     guide where low <= t <= high only                                           Kynkaanniemi et al. 2024
 """
 
-import torch
 from torch import Tensor
 
 from labkit.checks.check import Check, seeded

@@ -100,12 +100,6 @@ class Run:
     def K(self) -> int:
         return len(self.targets)
 
-    @property
-    def unchanged(self) -> list[int]:
-        """The targets that ask for no change, and so are the source: bit by bit, unless an inversion pins the source to its path."""
-        same = [k for k, (text, c) in enumerate(zip(self.targets, self.controls)) if text == self.source and bool((c.weights == 1).all())]
-        return [] if self.inversion is not None and self.inversion.pinned else same
-
     def control(self, cross, self_attention, reweight, method: str = "replace") -> None:
         """Work out what is edited when, for each target."""
         T, said = self.recipe.steps, {"cross": cross, "self_attention": self_attention, "reweight": reweight}
@@ -119,6 +113,9 @@ class Run:
             )
             for text, c, s, w in each
         ]
+        # targets that ask for no change are the source, bit by bit, unless an inversion pins that to its path
+        same = [k for k, (text, c) in enumerate(zip(self.targets, self.controls)) if text == self.source and bool((c.weights == 1).all())]
+        self.unchanged = [] if self.inversion is not None and self.inversion.pinned else same
 
     def blend(self, said) -> None:
         """Work out the tokens of the masks, for each target; None where it is not blended."""

@@ -14,7 +14,6 @@ counterfactual sent through the autoencoder. Light changes everything, so there 
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import log10
@@ -28,8 +27,9 @@ from labkit.diffusion import LatentDiffusion
 from labkit.editing.blend import Blend
 from labkit.editing.inversion import invert
 from labkit.editing.prompt_to_prompt import CROSS, SELF, edit
-from labkit.errors import LabkitError
 from labkit.measure.edit_cases import FIRST_SEED, KINDS, MARGIN, Case, cases, regions, verified
+from labkit.measure.parts import claim
+from labkit.plots import write
 from labkit.scenes import verify
 from labkit.scenes.render import render
 
@@ -77,9 +77,7 @@ def measure(lab: LatentDiffusion, plan: Plan, folder: str | Path, read: Callable
 
     folder, read = Path(folder), read or verify.read
     said = json.dumps({"model": lab.name, **asdict(plan)}, sort_keys=True)
-    if (folder / "plan.json").exists() and (folder / "plan.json").read_text(encoding="utf-8") != said:
-        raise LabkitError(f"{folder} has the rows of another plan; name another folder, or delete it.")
-    write(folder / "plan.json", said)
+    claim(folder, said, "rows")
     rows = []
     todo = [(protocol, group) for group in cases(plan.scenes, plan.first_seed, plan.kinds) for protocol in plan.protocols]
     for protocol, group in tqdm(todo, desc="edits", disable=not progress):
@@ -137,11 +135,3 @@ def seen_regions(before, after) -> tuple[Tensor | None, Tensor | None]:
     inside = torch.stack(masks).any(0)
     around = F.max_pool2d(inside[None, None].float(), 4 * MARGIN + 1, stride=1, padding=2 * MARGIN)[0, 0] > 0
     return inside, ~around
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is there complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

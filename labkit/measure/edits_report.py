@@ -16,7 +16,7 @@ from pathlib import Path
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.measure.edit_cases import KINDS
-from labkit.measure.edits import FORCED, NO_EDITING, PROTOCOLS, Plan, Setting, measure, write
+from labkit.measure.edits import FORCED, NO_EDITING, PROTOCOLS, Plan, Setting, measure
 from labkit.scenes.verify import share
 
 GRID = tuple(Setting(cross, self_) for self_ in (0.0, 0.2, 0.5) for cross in (0.0, 0.4, 0.8, 1.0))
@@ -31,7 +31,7 @@ def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), read: Callab
 
     A run that was stopped goes on where it was (`out`/parts). `read` as in `labkit.measure.edits.measure`. Raises LabkitError.
     """
-    from labkit.plots import edit_frontier, save
+    from labkit.plots import edit_frontier, save, write
 
     out = Path(out)
     if out.is_file():

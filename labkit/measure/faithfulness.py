@@ -23,17 +23,16 @@ from tqdm.auto import tqdm
 from labkit.device import Noise
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
-from labkit.measure.edits import write
+from labkit.measure.grounding import targets_of
 from labkit.probes.intervene import PATTERNS, Where, ablate
-from labkit.probes.sites import short
-from labkit.probes.words import words
+from labkit.probes.sites import aspect, short
 from labkit.scenes.captions import describe
 from labkit.scenes.render import render
 from labkit.scenes.scene import scene_from_seed
 from labkit.schedule import eps_prediction, q_sample
 from labkit.tap import listen, taps
 
-FIRST_SEED = 30_000_000  # scenes that nothing was trained on
+FIRST_SEED = 30_000_000  # scenes that nothing was trained on; those of grounding.py too
 DRAWS = 1000  # of the bootstrap
 SIDE = 32  # places a side at which maps and masks are compared
 
@@ -101,8 +100,7 @@ def prepared(lab: LatentDiffusion, first: int, count: int) -> Batch:
     captions = [describe(scene) for scene in scenes]
     nouns = []
     for caption, masks in zip(captions, rendered.masks):  # masks: (K, H, W)
-        at = {span.start: list(span.tokens) for span in words(lab.texts[0][1], caption.text)}
-        said = [(at[word.start], masks[list(word.objects)].sum(0)) for word in caption.words if word.kind == "shape" and word.start in at]
+        said = [(list(noun.tokens), masks[list(noun.objects)].sum(0)) for noun in targets_of(lab, caption) if noun.kind == "shape"]
         nouns.append([(tokens, F.adaptive_avg_pool2d(mask[None], SIDE)[0] > 0.5) for tokens, mask in said])
     covered = F.adaptive_avg_pool2d(rendered.masks.sum(1), x0.shape[-2:]).clamp(0, 1).to(x0)  # (B, h, w)
     eps = Noise(range(first, first + count), tuple(x0.shape[1:])).draw().to(x0)
@@ -152,11 +150,6 @@ def iou(m: Tensor, mask: Tensor) -> Tensor:
     return (inside & mask).sum() / either.clamp(min=1)
 
 
-def aspect(n: int, h: int, w: int) -> tuple[int, int]:
-    """(y, x) of n places of a picture whose latents are h x w."""
-    return next((h // f, w // f) for f in range(1, h + 1) if h % f == w % f == 0 and (h // f) * (w // f) == n)
-
-
 # --- correlation --------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +179,7 @@ def correlated(predictor: Tensor, cost: Tensor, seed: int = 0) -> tuple[float, f
 
 def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), progress: bool = True) -> dict:
     """Measure, and leave faithfulness.json, .txt and .png in `out`; the figures as a dict. Raises LabkitError."""
-    from labkit.plots import save, scatter
+    from labkit.plots import save, scatter, write
 
     found = measure(lab, plan, progress)
     rho = {name: correlated(getattr(found, name), found.cost) for name in ("iou", "size")}

@@ -30,7 +30,7 @@ from labkit.device import Noise
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.models.unet import UNet
-from labkit.probes.sites import level, named
+from labkit.probes.sites import aspect, level, named
 from labkit.probes.words import words
 from labkit.scenes import verify
 from labkit.scenes.captions import Caption, caption
@@ -41,7 +41,7 @@ from labkit.tap import listen
 
 PROTOCOLS = ("forced", "free")
 KINDS = ("shape", "colour", "size", "material", "relation")  # of words that speak of objects
-FIRST_SEED = 30_000_000  # no training, no other measurement begins here
+FIRST_SEED = 30_000_000  # no training begins here; faithfulness.py takes the same scenes
 SIDE = 32  # maps and masks are compared at SIDE x SIDE: a cell is 4x4 pixels of a tabletop picture, the finest maps have 16x16
 TAUS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 METHODS = ("mean", "prompt_to_prompt", "daam", "late steps", "spread")
@@ -122,7 +122,7 @@ def told(seed: int) -> tuple[Scene, Caption]:
 
 def targets_of(lab: LatentDiffusion, said: Caption) -> list[Target]:
     """The words of a caption that speak of objects, where the text encoder has them."""
-    spans = {span.start: span for span in words(lab.tokenizer, said.text)}
+    spans = {span.start: span for span in words(lab.texts[0][1], said.text)}
     return [Target(w.text, w.kind, spans[w.start].tokens, w.objects) for w in said.words if w.kind in KINDS and w.objects and w.start in spans]
 
 
@@ -181,8 +181,7 @@ class Heard:
 
 def placed(probs: Tensor, size: tuple[int, int]) -> Tensor:
     """(rows, heads, N, tokens) as (row, head, y, x, token), float32 on the CPU, for latents of `size` (h, w)."""
-    h, w = size
-    y = next(h // f for f in range(1, h + 1) if (h // f) * (w // f) == probs.shape[2])
+    y, _ = aspect(probs.shape[2], *size)
     return rearrange(probs.float().cpu(), "row head (y x) token -> row head y x token", y=y)
 
 

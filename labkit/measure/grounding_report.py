@@ -16,8 +16,8 @@ import torch
 
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
-from labkit.measure.edits import write
 from labkit.measure.grounding import BASELINES, FIRST_SEED, KINDS, METHODS, PROTOCOLS, SIDE, TAUS, Plan, one_scene
+from labkit.measure.parts import claim
 from labkit.models.unet import UNet
 from labkit.probes.grid import sweep
 from labkit.probes.sites import short
@@ -33,7 +33,7 @@ def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), protocols: S
 
     Raises LabkitError if `out` has the scenes of another plan or model, or if there are too few scenes to choose on some and report on others.
     """
-    from labkit.plots import grounding_atlas, save
+    from labkit.plots import grounding_atlas, save, write
 
     out = Path(out)
     if out.is_file():
@@ -47,9 +47,7 @@ def run(lab: LatentDiffusion, out: str | Path, plan: Plan = Plan(), protocols: S
     for protocol in protocols:
         mine = replace(plan, protocol=protocol)
         said, parts = json.dumps({"model": lab.name, **asdict(mine), "scenes": None, "side": SIDE, "ways": WAYS}, sort_keys=True), out / "parts" / protocol
-        if (parts / "plan.json").exists() and (parts / "plan.json").read_text(encoding="utf-8") != said:
-            raise LabkitError(f"{parts} has the scenes of another plan; name another folder, or delete it.")
-        write(parts / "plan.json", said)
+        claim(parts, said, "scenes")
         seeds = range(FIRST_SEED, FIRST_SEED + plan.scenes)
         scenes = sweep({"seed": seeds}, lambda seed: one_scene(lab, untrained, mine, seed), parts, progress)
         found["protocols"][protocol] = {"grounding": grounding(scenes), "binding": binding(scenes), "words": counted(scenes)}

@@ -35,13 +35,13 @@ def png(figure: "Figure") -> bytes:
     return file.getvalue()
 
 
-def write(path: str | Path, content: bytes) -> Path:
-    """Write a file under another name, then give it its own. Raises LabkitError where that cannot be."""
+def write(path: str | Path, content: bytes | str) -> Path:
+    """Write a file, a text as UTF-8, under another name, then give it its own. Raises LabkitError where that cannot be."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(unfinished, path)
     except OSError as error:
         raise LabkitError(f"{path}: cannot be written ({error.strerror or error}); choose another place.") from None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from labkit.errors import LabkitError
 from labkit.generation import from_pil, to_pil
-from labkit.models.files import read_json, read_safetensors
+from labkit.models.files import read_safetensors
 
 PLAIN = (str, int, float, bool, type(None))
 LONGEST = 80  # characters of an item's name

@@ -61,6 +61,11 @@ def level(name: str, levels: int) -> int:
     return int(number) if part == "down_blocks" else levels - 1 - int(number)
 
 
+def aspect(n: int, h: int, w: int) -> tuple[int, int]:
+    """(y, x) of n places of a picture whose latents are h x w."""
+    return next((h // f, w // f) for f in range(1, h + 1) if h % f == w % f == 0 and (h // f) * (w // f) == n)
+
+
 def short(layer: str) -> str:
     """A layer's short name: its block and the numbers in it, "up.1.0.0" for the first block of the first transformer of up_blocks.1."""
     part, *rest = layer.split(".")

@@ -4,8 +4,6 @@ Textures are filtered in closed form over the pixel's footprint, so that one ray
 the integral of its square wave, sines by exp(-(frequency * width)^2 / 2).
 """
 
-import math
-
 import torch
 from torch import Tensor
 

@@ -10,6 +10,7 @@ Features are those of the shipped image tower, not of an Inception network: the 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,12 +71,12 @@ def burnt(x: Tensor) -> Tensor:
     return ((levels == 0) | (levels == 255)).any(1).flatten(1).float().mean(1)
 
 
-def load_tower() -> ImageTower:
-    """The shipped image tower, in evaluation mode: one ruler for all models."""
+def load_tower(path: Path = TOWER) -> ImageTower:
+    """An image tower in float32, frozen, in evaluation mode; the shipped one unless said: one ruler for all models."""
     from safetensors.torch import load_file
 
     tower = ImageTower()
-    tower.load_state_dict({name: value.float() for name, value in load_file(TOWER).items()})
+    tower.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return tower.eval().requires_grad_(False)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from labkit.checkpoint import load_pipeline, save_pipeline, write_sums
@@ -30,6 +29,7 @@ from labkit.training import vae as autoencoding
 from labkit.training.vae import VAELoss
 from labkit.training.data import World, renders, scenes
 from labkit.training.loop import LoopConfig, run
+from labkit.training.measures import load_tower
 
 STAGES = ("clip", "vae", "diffusion")
 
@@ -129,9 +129,7 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
 def image_tower(folder: Path, preset: Preset) -> ImageTower:
     if preset.start is None:
         return take(folder / "clip", image_tower=ImageTower())[0]
-    tower = ImageTower()
-    tower.load_state_dict(load_file(resolve(preset.start) / "image_tower" / "model.safetensors"))
-    return tower.eval().requires_grad_(False)
+    return load_tower(resolve(preset.start) / "image_tower" / "model.safetensors")
 
 
 def pictures(folder: Path, preset: Preset):
