@@ -1,7 +1,7 @@
 """labkit on the command line: draw, train, evaluate, look at a model.
 
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
-    python -m labkit train clip|vae|diffusion|verifier|all
+    python -m labkit train clip|vae|diffusion|decoder|verifier|all
     python -m labkit measure edits|grounding|faithfulness [MODEL]
     python -m labkit evaluate [MODEL] [--quick] [--guidance 1,2,4]
     python -m labkit verify [MODEL]
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--no-figures", action="store_true", help="write the picture and its recipe only")
 
     it = command("train", train, "Train one part of the tabletop model, all of it, or the judge of its pictures, going on where a run stopped.")
-    it.add_argument("stage", choices=("clip", "vae", "diffusion", "verifier", "all"))
+    it.add_argument("stage", choices=("clip", "vae", "diffusion", "decoder", "verifier", "all"))
     it.add_argument("--preset", default="tabletop", help="tabletop; further, to train the shipped model on; or smoke, to see the machinery work in minutes")
     it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")

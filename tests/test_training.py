@@ -616,6 +616,13 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     same = load_pipeline(tmp_path / "on" / "model")
     for part in ("unet", "vae", "text_encoder"):  # a rate of zero: what comes out is what it started from
         torch.testing.assert_close(getattr(same, part).state_dict(), getattr(parts, part).state_dict(), rtol=0, atol=0)
+    with pytest.raises(LabkitError, match="does not train the decoder apart; train clip, vae, diffusion or all"):
+        tabletop.train("decoder", tmp_path, preset, "cpu")
+    sharper = replace(on, vae=replace(short, lr=0.0), diffusion=replace(short, lr=0.0), decoder=short)
+    tabletop.train("all", tmp_path / "sharper", sharper, "cpu")
+    sharp, plain = load_pipeline(tmp_path / "sharper" / "model").vae.state_dict(), parts.vae.state_dict()
+    moved = {name for name, value in sharp.items() if not torch.equal(value, plain[name])}
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved), "the latents stay what they are"
     before = (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     tabletop.train("all", tmp_path, preset, "cpu")  # nothing is left to do
     assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before

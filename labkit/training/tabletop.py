@@ -1,4 +1,4 @@
-"""The three stages that make the shipped model, one after the other: clip, vae, diffusion; and their assembly.
+"""The stages that make the shipped model, one after the other: clip, vae, diffusion, decoder; and their assembly.
 
 Each stage keeps its state in a folder of its own (runs/tabletop/clip, ...), resumes from there, and reads what it needs of
 the stages before. `export` writes the averaged weights as a model folder that labkit and diffusers open.
@@ -31,7 +31,7 @@ from labkit.training.data import World, renders, scenes
 from labkit.training.loop import LoopConfig, run
 from labkit.training.measures import load_tower
 
-STAGES = ("clip", "vae", "diffusion")
+STAGES = ("clip", "vae", "diffusion", "decoder")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Preset:
     vae: LoopConfig = LoopConfig(steps=14_000, batch_size=4, lr=1e-3, cooldown=0.35, ema_decay=0.998, mixed_precision="bf16")
     vae_loss: VAELoss = VAELoss(adversarial_from=11_500)
     diffusion: LoopConfig = LoopConfig(steps=9000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
+    decoder: LoopConfig | None = None  # the decoder alone, trained on while the latents stay what they are; None: it stays as the vae stage leaves it
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
@@ -53,8 +54,9 @@ class Preset:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """What is trained: all, or, of a model that is there already, all but the image tower's contrast, which has done its work."""
-        return STAGES if self.start is None else STAGES[1:]
+        """What is trained. Of a model that is there already the image tower's contrast has done its work."""
+        idle = {"clip": self.start is not None, "decoder": self.decoder is None}
+        return tuple(stage for stage in STAGES if not idle.get(stage))
 
 
 PRESETS = {
@@ -62,7 +64,7 @@ PRESETS = {
     # the shipped model, trained on: no crops, no discriminator, which a decoder that reconstructs already would only lose decibels to
     "further": Preset(
         vae=LoopConfig(steps=9000, batch_size=4, lr=6e-4, cooldown=0.5, ema_decay=0.998, mixed_precision="bf16"),
-        vae_loss=VAELoss(perceptual=1.0, perceptual_from=0, adversarial_from=10**9, full_from=0),
+        vae_loss=VAELoss(perceptual=1.0, perceptual_from=0, adversarial_from=None, full_from=0),
         diffusion=LoopConfig(steps=9000, batch_size=32, lr=6e-4, cooldown=0.4, mixed_precision="bf16"),
         start="tabletop",
     ),
@@ -78,7 +80,7 @@ PRESETS = {
 
 
 def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str | None = None) -> None:
-    """Train one stage, or "all" three and then export, in `folder`; goes on where an earlier run stopped.
+    """Train one stage, or "all" that the preset has and then export, in `folder`; goes on where an earlier run stopped.
 
     "verifier" trains the judge of pictures, which is no part of the model, and leaves it in folder/judge.
     """
@@ -90,8 +92,10 @@ def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str
         return
     if stage == "clip" and preset.start is not None:
         raise LabkitError(f"the preset trains {preset.start} on, whose image tower is trained already; train {', '.join(preset.stages)} or all")
+    if stage == "decoder" and preset.decoder is None:
+        raise LabkitError(f"the preset does not train the decoder apart; train {', '.join(preset.stages)} or all")
     for name in preset.stages if stage == "all" else (stage,):
-        {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion}[name](folder, preset, device)
+        {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion, "decoder": train_decoder}[name](folder, preset, device)
     if stage == "all":
         export(folder, preset, folder / "model")
 
@@ -126,6 +130,16 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
         run(recipe, preset.diffusion, folder / "diffusion", device)
 
 
+def train_decoder(folder: Path, preset: Preset, device: str | None) -> None:
+    """Only what follows the latents, which the U-Net knows as they are. Stable Diffusion's second autoencoder came about so (ft-MSE, Stability AI 2022)."""
+    torch.manual_seed(preset.decoder.seed)
+    vae = take(folder / "vae", vae=VAE(preset.vae_config))[0].train()
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
+    loss = replace(preset.vae_loss, perceptual_from=0, adversarial_from=None, full_from=0)
+    run(autoencoding.recipe(vae, image_tower(folder, preset), pictures(folder, preset), loss), preset.decoder, folder / "decoder", device)
+
+
 def image_tower(folder: Path, preset: Preset) -> ImageTower:
     if preset.start is None:
         return take(folder / "clip", image_tower=ImageTower())[0]
@@ -158,12 +172,12 @@ def take(folder: Path, **modules: nn.Module) -> list[nn.Module]:
 
 
 def export(folder: str | Path, preset: Preset, target: str | Path) -> None:
-    """Write the averaged weights of all three stages to `target`: a model folder in float16, the image tower beside it, SHA-256 sums."""
+    """Write the averaged weights of all stages to `target`: a model folder in float16, the image tower beside it, SHA-256 sums."""
     folder, target = Path(folder), Path(target)
     tokenizer = build_tokenizer()
     tower = image_tower(folder, preset)
     scale = diffusion.saved_scale(folder / "latents.safetensors")
-    vae = take(folder / "vae", vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
+    vae = take(folder / ("vae" if preset.decoder is None else "decoder"), vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
     unet, text = take(folder / "diffusion", unet=UNet(preset.unet_config), text_encoder=text_encoder(tokenizer))
     metadata = {"name": "tabletop", "defaults": {"steps": 20, "guidance": preset.guidance, "sampler": "ddim"}, "vocabulary": list(vocabulary())}
     lab = LatentDiffusion(unet, vae, text, tokenizer, preset.schedule, name="tabletop", metadata=metadata)

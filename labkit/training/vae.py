@@ -28,7 +28,7 @@ class VAELoss:
     kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
     adversarial: float = 0.1
     perceptual_from: int = 1200
-    adversarial_from: int = 4800
+    adversarial_from: int | None = 4800  # None: there is no discriminator
     full_from: int = 1000  # before, four times as many crops of a quarter of the picture: more to see while all is coarse
 
 
@@ -74,7 +74,7 @@ class Reconstruction(nn.Module):
         if step >= w.perceptual_from:
             out["perceptual"] = perceptual(tower.to(x.device), x, y)
             loss = loss + w.perceptual * out["perceptual"]
-        if step >= w.adversarial_from:
+        if w.adversarial_from is not None and step >= w.adversarial_from:
             adversarial = -discriminator(y).mean()
             last = self.vae.decoder.conv_out.weight
             ratio = grad_norm(loss, last) / (grad_norm(adversarial, last) + 1e-4)
@@ -124,10 +124,11 @@ def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAEL
             y = modules["vae"].decode(modules["vae"].encode(x.to(device)).mean).cpu()
         return contact_sheet(torch.cat([x, y]), columns=8)
 
-    return Recipe([
-        Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu),
-        Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu),
-    ], batch, sheet)
+    players = [Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu)]
+    if loss.adversarial_from is not None:
+        judge = Discrimination(discriminator, loss.adversarial_from)
+        players.append(Player("discriminator", judge, {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu))
+    return Recipe(players, batch, sheet)
 
 
 @torch.no_grad()
