@@ -30,6 +30,7 @@ class Pretender:
     """Stands for a model: draws a true render of what a prompt of the list wants, or of other colours where the guidance is 1."""
 
     name, defaults = "pretender", {"guidance": 4.0, "steps": 20}
+    metadata = {"training": {"counts": list(WORLD.counts), "styles": list(WORLD.styles), "pictures": 16}}
 
     def __init__(self):
         self.calls = []
@@ -193,9 +194,9 @@ def test_copies_of_training_pictures_are_found(tmp_path, shards):
     unseen = renders(WORLD, TEST_SEED, 8, tmp_path, workers=1)
     same = renders(WORLD, memorisation.CAPTION_SEED, 8, tmp_path, workers=1)
     copies = np.clip(trained[3:11].astype(int) + np.random.default_rng(0).integers(-3, 4, trained[3:11].shape), 0, 255).astype(np.uint8)
-    found = memorisation.audit(copies, same, unseen, tmp_path, 16)
+    found = memorisation.audit(copies, same, unseen, (WORLD, 16), tmp_path)
     assert found["nearer than any two renders of one specification"] == found["nearer than any unseen render"] == 8
-    honest = memorisation.audit(same, same, unseen, tmp_path, 16)
+    honest = memorisation.audit(same, same, unseen, (WORLD, 16), tmp_path)
     near = honest["generated, to the nearest training picture"]
     assert near["least"] > 10 * found["generated, to the nearest training picture"]["least"] and near["least"] <= near["1 %"] <= near["median"]
     assert "16 training pictures" in memorisation.sentence(honest)
@@ -204,7 +205,18 @@ def test_copies_of_training_pictures_are_found(tmp_path, shards):
 def test_nearest_is_the_least_of_all_pairs(tmp_path, shards):
     x, y = memorisation.thumbs(renders(WORLD, TEST_SEED, 4, tmp_path, workers=1)), memorisation.thumbs(renders(WORLD, 0, 12, tmp_path, workers=1))
     by_hand = torch.stack([(x - row).square().mean(1).sqrt() for row in y]).amin(0)
-    torch.testing.assert_close(memorisation.nearest(x, tmp_path, 12), by_hand, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(memorisation.nearest(x, WORLD, 12, tmp_path), by_hand, rtol=1e-3, atol=1e-4)
+
+
+def test_the_pictures_that_are_looked_through_are_those_the_model_was_trained_on(tmp_path):
+    from types import SimpleNamespace
+
+    lab = SimpleNamespace(name="one", metadata={"training": {"counts": [1, 1, 2], "styles": ["photo"], "pictures": 20}})
+    assert memorisation.world_of(lab, 20) == data.World(counts=(1, 1, 2), styles=("photo",))
+    with pytest.raises(LabkitError, match="was trained on 20 pictures, and 21 are to be looked through: give --audit 20"):
+        memorisation.world_of(lab, 21)
+    with pytest.raises(LabkitError, match="does not say what it was trained on"):
+        memorisation.world_of(SimpleNamespace(name="one", metadata={}), 1)
 
 
 # -- sheets --------------------------------------------------------------------------------------------------------

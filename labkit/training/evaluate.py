@@ -38,6 +38,7 @@ def evaluate(lab, out: str | Path, plan: Plan = Plan(), data: str | Path = RENDE
     """
     out, prompts = Path(out), load_prompts()
     verify_sums(WEIGHTS)
+    world = memorisation.world_of(lab, plan.audit) if plan.audit else None
     scales = [lab.defaults["guidance"] if w is None else w for w in plan.guidance]
     steps = lab.defaults["steps"] if plan.steps is None else plan.steps
     plain = {name: getattr(plan, name) for name in ("seed", "seeds", "prompts", "captions")}
@@ -52,9 +53,9 @@ def evaluate(lab, out: str | Path, plan: Plan = Plan(), data: str | Path = RENDE
         folder = out / f"w-{w:g}"
         drawn = draw(lab, jobs(prompts, plan), folder, {"guidance": w, "steps": steps}, quiet)
         found["runs"].append({"guidance": w, **judged(prompts, drawn, folder), **pictured(tower, drawn, true)})
-        if plan.audit:
+        if world is not None:
             captioned = np.stack([picture for _, picture in drawn["captions"]])
-            found["runs"][-1]["audit"] = memorisation.audit(captioned, true, other, Path(data), plan.audit)
+            found["runs"][-1]["audit"] = memorisation.audit(captioned, true, other, (world, plan.audit), Path(data))
         keep(out / "evaluation.json", (json.dumps(found, indent=1) + "\n").encode())
     if not quiet:
         print(table(found))

@@ -15,18 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labkit.errors import LabkitError
 from labkit.scenes.prompts import CAPTION_SEED
 from labkit.scenes.render import render_many
 from labkit.scenes.scene import rearranged
-from labkit.training.data import SHARD, renders, scenes
+from labkit.training.data import SHARD, World, renders, scenes
 from labkit.training.verifier import WORLD
 
 THUMB = 32  # pixels
 SETS = ("generated, to the nearest training picture", "unseen renders, to the nearest training picture", "two renders of one specification")
 
 
-def audit(generated: np.ndarray, same: np.ndarray, unseen: np.ndarray, data: Path, pictures: int) -> dict:
-    """Distances of pictures (N, 128, 128, 3) uint8 to the first `pictures` training renders, and what to hold them against.
+def world_of(lab, pictures: int) -> World:
+    """The world that a model was trained on, as its labkit.json says. Raises LabkitError if it does not, or if that were fewer pictures."""
+    said = lab.metadata.get("training")
+    if said is None:
+        raise LabkitError(f"the model {lab.name} does not say what it was trained on (\"training\" in labkit.json): leave --audit away")
+    if pictures > said["pictures"]:
+        raise LabkitError(f"the model {lab.name} was trained on {said['pictures']} pictures, and {pictures} are to be looked through: give --audit {said['pictures']}")
+    return World(tuple(said["counts"]), tuple(said["styles"]))
+
+
+def audit(generated: np.ndarray, same: np.ndarray, unseen: np.ndarray, trained: tuple[World, int], data: Path) -> dict:
+    """Distances of pictures (N, 128, 128, 3) uint8 to the first so many training renders of a world, and what to hold them against.
 
     same: renders of the scenes from CAPTION_SEED on, of which others are made here; unseen: renders that were not trained on. Each set is told by its
     smallest distance, its 1st percentile and its median, of pixels in 0..1.
@@ -34,10 +45,10 @@ def audit(generated: np.ndarray, same: np.ndarray, unseen: np.ndarray, data: Pat
     rng = np.random.default_rng(0)
     again = render_many([rearranged(scene, rng) for scene in scenes(WORLD, CAPTION_SEED, len(same))], workers=1)
     pairs = (thumbs(same) - thumbs(again)).square().mean(1).sqrt()  # (N,)
-    near, unlike = nearest(thumbs(generated), data, pictures), nearest(thumbs(unseen), data, pictures)
+    near, unlike = nearest(thumbs(generated), *trained, data), nearest(thumbs(unseen), *trained, data)
     told = dict(zip(SETS, (near, unlike, pairs)))
     found = {name: {"n": len(d), "least": float(d.min()), "1 %": float(d.quantile(0.01)), "median": float(d.median())} for name, d in told.items()}
-    return {"training pictures": pictures, "nearer than any two renders of one specification": int((near < pairs.min()).sum()),
+    return {"training pictures": trained[1], "nearer than any two renders of one specification": int((near < pairs.min()).sum()),
             "nearer than any unseen render": int((near < unlike.min()).sum()),
             **{name: {key: round(value, 4) for key, value in row.items()} for name, row in found.items()}}
 
@@ -48,11 +59,11 @@ def thumbs(pictures: np.ndarray) -> Tensor:
     return F.interpolate(x, size=(THUMB, THUMB), mode="area").flatten(1)
 
 
-def nearest(x: Tensor, data: Path, pictures: int) -> Tensor:
-    """The distance of each of x (N, D) to the nearest training render, (N,); read in shards."""
+def nearest(x: Tensor, world: World, pictures: int, data: Path) -> Tensor:
+    """The distance of each of x (N, D) to the nearest of a world's first renders, (N,); read in shards."""
     least = torch.full((len(x),), float("inf"))
     for first in range(0, pictures, SHARD):
-        y = thumbs(renders(WORLD, first, min(SHARD, pictures - first), data))
+        y = thumbs(renders(world, first, min(SHARD, pictures - first), data))
         least = torch.minimum(least, torch.cdist(x, y).amin(1))
     return least / x.shape[1] ** 0.5
 

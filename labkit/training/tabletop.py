@@ -5,7 +5,7 @@ the stages before. `export` writes the averaged weights as a model folder that l
 """
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -179,7 +179,8 @@ def export(folder: str | Path, preset: Preset, target: str | Path) -> None:
     scale = diffusion.saved_scale(folder / "latents.safetensors")
     vae = take(folder / ("vae" if preset.decoder is None else "decoder"), vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
     unet, text = take(folder / "diffusion", unet=UNet(preset.unet_config), text_encoder=text_encoder(tokenizer))
-    metadata = {"name": "tabletop", "defaults": {"steps": 20, "guidance": preset.guidance, "sampler": "ddim"}, "vocabulary": list(vocabulary())}
+    defaults = {"steps": 20, "guidance": preset.guidance, "sampler": "ddim"}
+    metadata = {"name": "tabletop", "defaults": defaults, "vocabulary": list(vocabulary()), "training": asdict(preset.world) | {"pictures": preset.pictures}}
     lab = LatentDiffusion(unet, vae, text, tokenizer, preset.schedule, name="tabletop", metadata=metadata)
     save_pipeline(lab, target, dtype=torch.float16, overwrite=True)
     write_safetensors(tower.state_dict(), target / "image_tower" / "model.safetensors", torch.float16)
