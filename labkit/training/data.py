@@ -34,6 +34,9 @@ class World:
         return scene_from_seed(seed, counts=self.counts, styles=self.styles)
 
 
+SHOWN = World(counts=(1, 1, 2, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # what the shipped model and the reader were last trained on
+
+
 def scenes(world: World, first: int, count: int) -> list[Scene]:
     """The scenes of the seeds first, ..., first + count - 1."""
     return [world.scene(seed) for seed in range(first, first + count)]

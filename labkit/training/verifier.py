@@ -25,13 +25,13 @@ from labkit.scenes.reader import CELLS, MAPS, OBJECT, PICTURE, REACH, SIDE, WEIG
 from labkit.scenes.render import trace
 from labkit.scenes.scene import Scene, scene_from_seed
 from labkit.scenes.surfaces import World as Ground
-from labkit.training.data import TEST_SEED, World, renders, scenes
+from labkit.training.data import SHOWN, TEST_SEED, World, renders, scenes
 from labkit.training.degrade import reconstruct, spoil
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
 
-CONFIG = LoopConfig(steps=3300, batch_size=16, lr=2e-3, warmup=100, cooldown=0.36, weight_decay=0.05, ema_decay=0.995, save_every=50)
-WORLD = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # all that the verifier is for
-PICTURES, HELD_OUT, RECONSTRUCTED = 8000, 1500, 2000  # renders to train on; with held-out combinations beside them; of these, also through a VAE
+CONFIG = LoopConfig(steps=6500, batch_size=16, lr=2e-3, warmup=100, cooldown=0.36, weight_decay=0.05, ema_decay=0.995, save_every=50)
+WORLD = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # all that the verifier is for, and is tested on
+PICTURES, HELD_OUT, RECONSTRUCTED = 12_000, 1500, 3000  # renders to train on; with held-out combinations beside them; of these, also through a VAE
 HELD_OUT_SEED = TEST_SEED - 3000  # of the first of them
 SMALL = 1800  # steps that see pictures of half the side: a quarter of the work, and most can be learnt from them
 MOST = 4  # objects of a scene
@@ -178,7 +178,7 @@ def main(folder: str | Path = "runs/tabletop", target: str | Path = WEIGHTS, con
 def material(folder: Path, pictures: int = PICTURES, lab=None) -> tuple[list[np.ndarray], Truth, Tensor]:
     """Renders, renders of held-out combinations, and reconstructions of some of either; what they show; and which row of that each shows."""
     held_out, shown = min(HELD_OUT, pictures), min(RECONSTRUCTED, pictures)
-    plain = renders(WORLD, 0, pictures, folder / "data")
+    plain = renders(SHOWN, 0, pictures, folder / "data")
     rare = renders(HeldOut(), HELD_OUT_SEED, held_out, folder / "data" / "held-out")
     again = torch.cat([torch.arange(shown - shown // 4), pictures + torch.arange(min(shown // 4, held_out))])
     path = folder / "data" / f"reconstructions-{pictures}.npy"
@@ -187,7 +187,7 @@ def material(folder: Path, pictures: int = PICTURES, lab=None) -> tuple[list[np.
         keep(path, lambda file: np.save(file, reconstruct(lab or shipped(), picked, seed=0)))
     seen = folder / "data" / f"truth-{pictures}.pt"
     if not seen.exists():
-        of = truth(scenes(WORLD, 0, pictures) + scenes(HeldOut(), HELD_OUT_SEED, held_out))
+        of = truth(scenes(SHOWN, 0, pictures) + scenes(HeldOut(), HELD_OUT_SEED, held_out))
         keep(seen, lambda file: torch.save(vars(of), file))
     source = torch.cat([torch.arange(pictures + held_out), again])
     return [plain, rare, np.load(path)], Truth(**torch.load(seen, weights_only=True)), source
