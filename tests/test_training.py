@@ -363,6 +363,9 @@ def test_discriminator_learns_by_the_hinge_loss_and_rests_before_its_time(autoen
     train(recipe, tmp_path, steps=3, batch_size=2, weight_decay=0.0)
     assert all(map(torch.equal, start, after[0])) and all(map(torch.equal, start, after[1])), "rests"
     assert not all(map(torch.equal, start, after[2])), "and then works"
+    alone = vae.recipe(copy.deepcopy(autoencoder), Maps(), np.zeros((10, 32, 32, 3), np.uint8), vae.VAELoss(adversarial=0.0, adversarial_from=0))
+    assert [player.name for player in alone.players] == ["vae"]
+    assert "adversarial" not in alone.players[0].objective({**batch, "step": 9})
 
 
 def test_noise_prediction_is_the_mean_squared_error_of_the_noise():

@@ -41,10 +41,10 @@ class LoopConfig:
     seed: int = 0
     save_every: int = 200
     sheet_every: int = 1000
-    mixed_precision: str = "no"  # "bf16": where the device computes in it; elsewhere, on an older laptop, float32 as with "no"
+    mixed_precision: str = "no"  # "bf16": where the device is faster in it; elsewhere, on most laptops, float32 as with "no"
 
     def autocasts(self, device: torch.device) -> bool:
-        """Whether bfloat16 is asked for and the device has it."""
+        """Whether bfloat16 is asked for and the device is made for it."""
         return self.mixed_precision == "bf16" and has_bfloat16(device)
 
     def rate(self, step: int) -> float:
