@@ -2,6 +2,7 @@
 
     python -m labkit generate "a red sphere left of a blue cube" --seed 0 --out DIR
     python -m labkit train clip|vae|diffusion|decoder|verifier|all
+    python -m labkit train diffusion --pictures FOLDER
     python -m labkit measure edits|grounding|faithfulness [MODEL]
     python -m labkit evaluate [MODEL] [--quick] [--guidance 1,2,4]
     python -m labkit verify [MODEL]
@@ -72,11 +73,19 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--out", default="out", metavar="DIR", help="where the files go (default: out)")
     it.add_argument("--no-figures", action="store_true", help="write the picture and its recipe only")
 
-    it = command("train", train, "Train one part of the tabletop model, all of it, or the judge of its pictures, going on where a run stopped.")
+    it = command("train", train, "Train one part of the tabletop model, all of it, the judge of its pictures, or a model on your own pictures; goes on where a run stopped.")
     it.add_argument("stage", choices=("clip", "vae", "diffusion", "decoder", "verifier", "all"))
-    it.add_argument("--preset", default="tabletop", help="tabletop; further, to train the shipped model on; or smoke, to see the machinery work in minutes")
-    it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET)")
+    it.add_argument("--preset", help="tabletop (default); tabletop-mini, a quarter of an hour on a laptop; further, to train the shipped model on; smoke, to see the machinery work")
+    it.add_argument("--folder", metavar="DIR", help="where the run lives (default: runs/PRESET, or runs/ and the name of the pictures' folder)")
     it.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+
+    own = it.add_argument_group("your own pictures", "A folder with a metadata.jsonl: {\"file_name\": \"one.jpg\", \"text\": \"a red sphere\"}, a line for each picture.")
+    own.add_argument("--pictures", metavar="FOLDER", help="train the U-Net of a model on with these; the new one is left in model/ of the run's folder")
+    own.add_argument("--model", help="which model (default: tabletop)")
+    own.add_argument("--on-bad", choices=("refuse", "skip"), help="what to do if a picture is broken or has no caption (default: refuse)")
+    own.add_argument("--steps", type=int, help="of training (default 500)")
+    own.add_argument("--batch-size", type=int, metavar="N", help="pictures a step (default 4)")
+    own.add_argument("--lr", type=float, help="learning rate (default 1e-5; 1e-4 for tabletop)")
 
     it = command("evaluate", evaluate, "TabletopEval: count how often the model draws what it is told, measure its pictures; goes on where it stopped.")
     model_options(it, "model")
@@ -186,9 +195,38 @@ def train(a: argparse.Namespace) -> None:
     from labkit.training.tabletop import PRESETS
     from labkit.training.tabletop import train as train_stage
 
-    if a.preset not in PRESETS:
-        raise LabkitError(f"Unknown preset {a.preset!r}: use one of {', '.join(PRESETS)}.")
-    train_stage(a.stage, Path(a.folder or Path("runs") / a.preset), PRESETS[a.preset], a.device)
+    if a.pictures is not None:
+        return train_on(a)
+    if said := [name for name in ("model", "on_bad", "steps", "batch_size", "lr") if getattr(a, name) is not None]:
+        raise LabkitError(f"--{said[0].replace('_', '-')} is for your own pictures: say --pictures FOLDER with it, or leave it out.")
+    preset = a.preset or "tabletop"
+    if preset not in PRESETS:
+        raise LabkitError(f"Unknown preset {preset!r}: use one of {', '.join(PRESETS)}.")
+    train_stage(a.stage, Path(a.folder or Path("runs") / preset), PRESETS[preset], a.device)
+
+
+def train_on(a: argparse.Namespace) -> None:
+    """A model trained on with one's own pictures, as a folder `model` beside the run's state."""
+    from dataclasses import replace
+
+    import torch
+
+    from labkit.checkpoint import save_pipeline
+    from labkit.training.finetune import CLOSED, CONFIG, finetune, read_pictures
+
+    if a.stage != "diffusion" or a.preset:
+        raise LabkitError("Your own pictures train the U-Net of a model: python -m labkit train diffusion --pictures FOLDER [--model MODEL], without a preset.")
+    lab = labkit.load(a.model or "tabletop", a.device, "float32")
+    folder, asked = Path(a.folder or Path("runs") / Path(a.pictures).resolve().name), {"steps": a.steps, "batch_size": a.batch_size, "lr": a.lr}
+    check_writable(folder)
+    pictures = read_pictures(lab, a.pictures, a.on_bad or "refuse")
+    for left in pictures.skipped:
+        print(f"labkit: skipped {left}", file=sys.stderr)
+    config = replace(CONFIG, lr=CLOSED if lab.vocabulary else CONFIG.lr)
+    config = replace(config, **{name: value for name, value in asked.items() if value is not None})
+    trained = finetune(lab, pictures, folder, config)
+    save_pipeline(trained, folder / "model", torch.float16, overwrite=True)
+    print(f"trained on {len(pictures)} pictures; draw with it by python -m labkit generate {json.dumps(pictures.texts[0], ensure_ascii=False)} --model {folder / 'model'}")
 
 
 def evaluate(a: argparse.Namespace) -> None:

@@ -62,10 +62,14 @@ def pick_dtype(device: str | torch.device, dtype: str | torch.dtype | None = Non
 
 
 def has_bfloat16(device: str | torch.device) -> bool:
-    """Whether a device computes in bfloat16 by itself; a processor that emulates it takes many times as long as in float32."""
+    """Whether a device has units for products of bfloat16 matrices, so that training in it is faster than in float32; of processors those with AMX.
+
+    One that emulates bfloat16 takes many times as long. AVX-512's dot products do not pay for the conversions either: a training step of tabletop's
+    U-Net took 1.25 times as long in bfloat16 as in float32 on one core, of its VAE 1.1 to 1.25 times.
+    """
     device = torch.device(device)
     if device.type == "cpu":
-        return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
     return device.type != "cuda" or _half(device) is torch.bfloat16
 
 

@@ -72,14 +72,18 @@ def check_text(lab, text: str) -> None:
         if rest := tokenizer.cut(text):
             n = tokenizer.max_length - 2
             raise LabkitError(f"The prompt is too long: the model reads {n} tokens, {rest!r} is cut off. Shorten it.")
-    said = WORDS.findall(normalise(text)[0]) if lab.vocabulary else ()
-    unknown = [word for word in dict.fromkeys(said) if word not in lab.vocabulary]
-    if unknown:
+    if unknown := unknown_words(lab, text):
         known = sorted(lab.vocabulary)
         near = get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         names = ", ".join(map(repr, unknown))
         raise LabkitError(f"{lab.name} does not know {names}.{hint} It knows these words: {' '.join(known)}")
+
+
+def unknown_words(lab, text: str) -> list[str]:
+    """The words of a text that are not in a model's closed vocabulary, each once; none for a model without one."""
+    said = WORDS.findall(normalise(text)[0]) if lab.vocabulary else ()
+    return [word for word in dict.fromkeys(said) if word not in lab.vocabulary]
 
 
 def check_words_alone(lab) -> None:

@@ -59,9 +59,11 @@ def test_dtype_that_cannot_work(device, dtype):
         pick_dtype(device, dtype)
 
 
-def test_bfloat16_is_emulated_by_older_processors(monkeypatch):
-    assert has_bfloat16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+def test_of_processors_those_with_amx_train_in_bfloat16(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
+        assert has_bfloat16("cpu") is has
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch cannot tell
     assert not has_bfloat16("cpu")
     for capability, has in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -55,7 +55,7 @@ def _beside(place: Path) -> Iterator[Path]:
         yield unfinished
         made = []
     except OSError as error:
-        raise CheckpointError(f"{place}: cannot be written ({error.strerror or error}); nothing was changed there.") from None
+        raise CheckpointError(f"{place}: cannot be written ({error.strerror or error}); nothing was changed there. Make room, or choose another place, and start again.") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):

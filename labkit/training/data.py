@@ -5,7 +5,6 @@ the costly part: pictures are rendered once, in shards that appear under their n
 interrupted run goes on where it was. Captions are cheap and drawn anew each time, so a scene is described differently
 in every epoch.
 """
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from labkit.errors import LabkitError
+from labkit.models.whole import whole_file
 from labkit.scenes.captions import caption
 from labkit.scenes.render import render_many
 from labkit.scenes.scene import Scene, scene_from_seed
@@ -51,13 +51,15 @@ def renders(world: World, first: int, count: int, folder: Path, workers: int = 2
     for start in tqdm(range(first, first + count, SHARD), desc="renders", leave=False):
         path = Path(folder) / f"renders-{name}-{start:08d}.npy"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, render_many(scenes(world, start, SHARD), workers=workers))
-            os.replace(temporary, path)
+            write_array(render_many(scenes(world, start, SHARD), workers=workers), path)
         shards.append(np.load(path))
     return np.concatenate(shards)[:count]
+
+
+def write_array(array: np.ndarray, path: Path) -> None:
+    """Write what `np.load` reads back, whole or not at all; CheckpointError where it cannot be written, as on a full disk."""
+    with whole_file(path, overwrite=True) as unfinished, open(unfinished, "wb") as file:
+        np.save(file, array)
 
 
 def to_signed(images: np.ndarray) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -26,8 +26,9 @@ from labkit.models.clip import CLIPText
 from labkit.models.layers import ResnetBlock, SpatialTransformer
 from labkit.models.unet import UNet
 from labkit.models.vae import VAE
+from labkit.models.whole import whole_file
 from labkit.samplers import ddim
-from labkit.schedule import Schedule, ScheduleConfig, q_sample
+from labkit.schedule import Schedule, ScheduleConfig, eps_prediction, q_sample
 from labkit.tap import listen
 from labkit.training.data import Scene, captions, contact_sheet, to_signed
 from labkit.training.loop import Player, Recipe, Share
@@ -39,17 +40,22 @@ SHEET_PROMPTS = ("a red sphere", "a small white cube at night", "a pencil sketch
 
 
 class NoisePrediction(nn.Module):
-    """The objective: weighted mean squared error of the predicted noise; its plain mean over early and late timesteps is shown apart."""
+    """The objective: weighted mean squared error of the predicted noise; its plain mean over early and late timesteps is shown apart.
 
-    def __init__(self, unet: UNet, text: CLIPText, schedule: Schedule, gamma: float) -> None:
+    A network that predicts v or x0 is asked for the noise that follows from it. `text` None: batches bring the condition c in place of token ids.
+    """
+
+    def __init__(self, unet: UNet, text: CLIPText | None, schedule: Schedule, gamma: float) -> None:
         super().__init__()
         self.unet, self.text, self.schedule = unet, text, schedule
+        self.denoise = eps_prediction(lambda x_t, t, c: self.unet(x_t, t, c), schedule)
         self.register_buffer("weight", min_snr(schedule, gamma).float(), persistent=False)  # (T,); goes to the device with the network
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         t, eps = batch["t"], batch["eps"]
         x_t = q_sample(batch["x0"], t, eps, self.schedule)  # (B, 4, h, w)
-        error = (self.unet(x_t, t, self.text(batch["ids"])) - eps).pow(2).flatten(1).mean(1)  # (B,)
+        c = self.text(batch["ids"]) if self.text else batch["c"]
+        error = (self.denoise(x_t, t, c) - eps).pow(2).flatten(1).mean(1)  # (B,)
         loss = (self.weight[t] * error).mean()
         late = (t >= self.schedule.config.num_train_timesteps // 2).float()
         return {"loss": loss, "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
@@ -81,8 +87,8 @@ def start_quiet(unet: UNet) -> UNet:
 
 
 @torch.no_grad()
-def latents(vae: VAE, images: np.ndarray, path: Path, device: str | None = None, batch_size: int = 16) -> dict[str, Tensor]:
-    """Mean and standard deviation of every picture's scaled latent, (N, 4, h, w) each, and the scale (); kept in `path`.
+def latents(vae: VAE, images: np.ndarray, path: Path, device: str | None = None, scale: float | None = None, batch_size: int = 16) -> dict[str, Tensor]:
+    """Mean and standard deviation of every picture's scaled latent, (N, 4, h, w) each, and the scale (), measured if None; kept in `path`.
 
     What is there already is taken if this very autoencoder made it, of as many pictures or more.
     """
@@ -90,14 +96,18 @@ def latents(vae: VAE, images: np.ndarray, path: Path, device: str | None = None,
     if path.exists() and _metadata(path) == made_by and (found := load_file(path))["mean"].shape[0] >= len(images):
         return found
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    vae, scale, means, stds = vae.to(device), scale_factor(vae.to(device), images[:2000]), [], []
+    vae, means, stds = vae.to(device), [], []
+    scale = scale_factor(vae, images[:2000]) if scale is None else scale
     for i in tqdm(range(0, len(images), batch_size), desc="latents", leave=False):
         q = vae.encode(to_signed(images[i : i + batch_size]).to(device))
         means.append((q.mean * scale).cpu().contiguous())
         stds.append((q.std * scale).cpu())
     found = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous(), "scale": torch.tensor(scale)}
-    save_file(found, path.with_suffix(".tmp"), metadata=made_by)
-    path.with_suffix(".tmp").replace(path)
+    with whole_file(path, overwrite=True) as unfinished:
+        try:
+            save_file(found, unfinished, metadata=made_by)
+        except SafetensorError as error:  # what the library calls a full disk
+            raise OSError(None, " ".join(str(error).split())) from None
     return found
 
 
@@ -120,6 +130,18 @@ def saved_scale(path: Path) -> float:
         return float(file.get_tensor("scale"))
 
 
+def draw(latents: dict[str, Tensor], count: int, T: int, step: int, share: Share) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
+    """A step's share of x0, t and eps; which of `count` pictures all processes together see, (B,); whose words of the share are to be dropped."""
+    g, n = share.generator(step), share.batch_size
+    everyone = torch.randint(count, (n,), generator=g)
+    index = share.mine(everyone).cpu()
+    t = share.mine(torch.randint(T, (n,), generator=g))
+    posterior, eps = (share.mine(torch.randn(n, *latents["mean"].shape[1:], generator=g)) for _ in range(2))
+    dropped = share.mine(torch.rand(n, generator=g) < DROPOUT).tolist()
+    x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
+    return {"x0": x0, "t": t, "eps": eps}, everyone, dropped
+
+
 def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
            gamma: float = 5.0) -> Recipe:
     """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch."""
@@ -127,16 +149,10 @@ def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, T
     text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
-        g, n = share.generator(step), share.batch_size
-        everyone = torch.randint(len(scenes), (n,), generator=g)
-        index = share.mine(everyone).cpu()
-        t = share.mine(torch.randint(config.num_train_timesteps, (n,), generator=g))
-        posterior, eps = (share.mine(torch.randn(n, *latents["mean"].shape[1:], generator=g)) for _ in range(2))
-        dropped = share.mine(torch.rand(n, generator=g) < DROPOUT).tolist()
+        drawn, everyone, dropped = draw(latents, len(scenes), config.num_train_timesteps, step, share)
         spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]))
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
-        x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
-        return {"x0": x0, "t": t, "eps": eps, "ids": tokenizer(words).to(share.device)}
+        return {**drawn, "ids": tokenizer(words).to(share.device)}
 
     @torch.no_grad()
     def sheet(modules: dict[str, nn.Module]) -> object:

@@ -11,7 +11,6 @@ samples. A player is an objective, a module whose forward(batch) returns a dict 
 Most recipes have one; the autoencoder plays against a discriminator.
 """
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from labkit.device import has_bfloat16, keep_freed_memory
 from labkit.errors import CheckpointError, LabkitError
+from labkit.models.whole import whole_file
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class LoopConfig:
     seed: int = 0
     save_every: int = 200
     sheet_every: int = 1000
-    mixed_precision: str = "no"  # "bf16": where the device computes in it; elsewhere, on an older laptop, float32 as with "no"
+    mixed_precision: str = "no"  # "bf16": where the device is faster in it; elsewhere, on most laptops, float32 as with "no"
 
     def autocasts(self, device: torch.device) -> bool:
-        """Whether bfloat16 is asked for and the device has it."""
+        """Whether bfloat16 is asked for and the device is made for it."""
         return self.mixed_precision == "bf16" and has_bfloat16(device)
 
     def rate(self, step: int) -> float:
@@ -112,22 +112,24 @@ def run(recipe: Recipe, config: LoopConfig, folder: str | Path, device: str | No
         raise LabkitError(f"batch_size={config.batch_size} does not divide among {accelerator.num_processes} processes")
     state = State(recipe, config, accelerator)
     step = state.load(folder / "checkpoint.pt")
-    trim_log(folder / "log.jsonl", step)
     share = Share(accelerator.process_index, accelerator.num_processes, config.batch_size, config.seed, accelerator.device)
     main = accelerator.is_main_process
+    if main:
+        trim_log(folder / "log.jsonl", step)
+        for left in folder.glob(".*.unfinished"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
     bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc=folder.name, disable=not (progress and main))
     for step in bar:
         losses = state.step(step, recipe.batch(step, share))
         recipe.stop_step(step, losses)
         bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()})
         if main and (step % 10 == 0 or step + 1 == config.steps):
-            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, "time": round(time.time(), 1), **{k: round(v, 5) for k, v in losses.items()}}) + "\n")
+            write_log(folder / "log.jsonl", {"step": step, "time": round(time.time(), 1), **{k: round(v, 5) for k, v in losses.items()}})
         if main and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
             state.save(folder / "checkpoint.pt", step + 1)
         if main and recipe.sheet and ((step + 1) % config.sheet_every == 0 or step + 1 == config.steps):
-            with torch.random.fork_rng(devices=[]):
-                recipe.sheet(state.averaged()).save(folder / f"sheet-{step + 1:06d}.png")
+            with torch.random.fork_rng(devices=[]), whole_file(folder / f"sheet-{step + 1:06d}.png", overwrite=True) as unfinished:
+                recipe.sheet(state.averaged()).save(unfinished, "PNG")
     accelerator.wait_for_everyone()
     return state.averaged()
 
@@ -187,14 +189,9 @@ class State:
         return copies
 
     def save(self, path: Path, step: int) -> None:
-        """Write the whole state under a temporary name, then rename: there is always one whole checkpoint."""
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            torch.save({"step": step, "ema": self.ema, "modules": {k: m.state_dict() for k, m in self.modules.items()},
-                        "optimisers": [o.state_dict() for o in self.optimisers]}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the whole state, in place of the last one: there is always one whole checkpoint."""
+        modules, optimisers = {k: m.state_dict() for k, m in self.modules.items()}, [o.state_dict() for o in self.optimisers]
+        write_state({"step": step, "ema": self.ema, "modules": modules, "optimisers": optimisers}, path)
 
     def load(self, path: Path) -> int:
         """Take up the state in `path` if there is one; the step to go on from."""
@@ -215,8 +212,27 @@ class State:
         return saved["step"]
 
 
+def write_state(state: dict, path: Path) -> None:
+    """Write what `torch.load(weights_only=True)` reads back, whole or not at all; CheckpointError where it cannot be written, as on a full disk."""
+    with whole_file(path, overwrite=True) as unfinished, open(unfinished, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def write_log(path: Path, row: dict) -> None:
+    """Add a line to the log; LabkitError where it cannot be written, as on a full disk."""
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise LabkitError(f"{path}: cannot be written ({error.strerror or error}); the last checkpoint is whole. Make room, and start again.") from None
+
+
 def trim_log(path: Path, step: int) -> None:
     """Drop log lines of steps that a killed run took after its last checkpoint."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        with whole_file(path, overwrite=True) as unfinished:
+            unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -26,9 +26,9 @@ class VAELoss:
     squared: float = 4.0  # squared beside absolute error: rare strong colours are learnt much sooner
     perceptual: float = 2.0
     kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
-    adversarial: float = 0.1
+    adversarial: float = 0.1  # 0: there is no discriminator
     perceptual_from: int = 1200
-    adversarial_from: int | None = 4800  # None: there is no discriminator
+    adversarial_from: int = 4800
     full_from: int = 1000  # before, four times as many crops of a quarter of the picture: more to see while all is coarse
 
 
@@ -74,7 +74,7 @@ class Reconstruction(nn.Module):
         if step >= w.perceptual_from:
             out["perceptual"] = perceptual(tower.to(x.device), x, y)
             loss = loss + w.perceptual * out["perceptual"]
-        if w.adversarial_from is not None and step >= w.adversarial_from:
+        if w.adversarial and step >= w.adversarial_from:
             adversarial = -discriminator(y).mean()
             last = self.vae.decoder.conv_out.weight
             ratio = grad_norm(loss, last) / (grad_norm(adversarial, last) + 1e-4)
@@ -103,7 +103,7 @@ def grad_norm(loss: Tensor, weight: Tensor) -> Tensor:
 
 
 def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAELoss()) -> Recipe:
-    """Pictures (N, 128, 128, 3) uint8; the last 8 are kept for the sheet of reconstructions."""
+    """Pictures (N, 128, 128, 3) uint8; the last 8 are kept for the sheet of reconstructions. Without an adversarial weight the autoencoder plays alone."""
     discriminator, on_gpu = PatchDiscriminator(), torch.cuda.is_available()  # so few channels are faster in planes on a CPU
     tower.eval().requires_grad_(False)
 
@@ -124,11 +124,9 @@ def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAEL
             y = modules["vae"].decode(modules["vae"].encode(x.to(device)).mean).cpu()
         return contact_sheet(torch.cat([x, y]), columns=8)
 
-    players = [Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu)]
-    if loss.adversarial_from is not None:
-        judge = Discrimination(discriminator, loss.adversarial_from)
-        players.append(Player("discriminator", judge, {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu))
-    return Recipe(players, batch, sheet)
+    judge = Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu)
+    player = Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu)
+    return Recipe([player, judge] if loss.adversarial else [player], batch, sheet)
 
 
 @torch.no_grad()

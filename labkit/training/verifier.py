@@ -9,25 +9,25 @@ held-out combinations: a reader that never saw a purple cone would call it somet
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from labkit.errors import LabkitError
+from labkit.models.files import write_safetensors
 from labkit.models.sources import write_sums
+from labkit.models.whole import whole_file
 from labkit.scenes.reader import CELLS, MAPS, OBJECT, PICTURE, REACH, SIDE, WEIGHTS, Reader, describe_reader
 from labkit.scenes.render import trace
 from labkit.scenes.scene import Scene, scene_from_seed
 from labkit.scenes.surfaces import World as Ground
-from labkit.training.data import SHOWN, TEST_SEED, World, renders, scenes
+from labkit.training.data import SHOWN, TEST_SEED, World, renders, scenes, write_array
 from labkit.training.degrade import reconstruct, spoil
-from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
+from labkit.training.loop import LoopConfig, Player, Recipe, Share, run, write_state
 
 CONFIG = LoopConfig(steps=6500, batch_size=16, lr=2e-3, warmup=100, cooldown=0.36, weight_decay=0.05, ema_decay=0.995, save_every=50)
 WORLD = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # all that the verifier is for, and is tested on
@@ -184,11 +184,11 @@ def material(folder: Path, pictures: int = PICTURES, lab=None) -> tuple[list[np.
     path = folder / "data" / f"reconstructions-{pictures}.npy"
     if not path.exists():
         picked = np.concatenate([plain[: shown - shown // 4], rare[: shown // 4]])
-        keep(path, lambda file: np.save(file, reconstruct(lab or shipped(), picked, seed=0)))
+        write_array(reconstruct(lab or shipped(), picked, seed=0), path)
     seen = folder / "data" / f"truth-{pictures}.pt"
     if not seen.exists():
         of = truth(scenes(SHOWN, 0, pictures) + scenes(HeldOut(), HELD_OUT_SEED, held_out))
-        keep(seen, lambda file: torch.save(vars(of), file))
+        write_state(vars(of), seen)
     source = torch.cat([torch.arange(pictures + held_out), again])
     return [plain, rare, np.load(path)], Truth(**torch.load(seen, weights_only=True)), source
 
@@ -201,21 +201,10 @@ def shipped():
     return LatentDiffusion(**vars(load_pipeline("tabletop", torch.device("cpu"), torch.float32)))
 
 
-def keep(path: Path, write) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
-
-
 def save(reader: Reader, target: str | Path, about: dict) -> None:
     """Write model.safetensors (float16) and config.json, each whole or not at all."""
     target = Path(target)
-    target.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in reader.state_dict().items()}
-    save_file(state, target / "model.safetensors.tmp", metadata={"format": "pt"})
-    (target / "config.json.tmp").write_text(json.dumps(describe_reader(reader) | about, indent=1) + "\n", encoding="utf-8")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(target / f"{name}.tmp", target / name)
+    with whole_file(target / "model.safetensors", overwrite=True) as weights, whole_file(target / "config.json", overwrite=True) as config:
+        write_safetensors(reader.state_dict(), weights, torch.float16)
+        config.write_text(json.dumps(describe_reader(reader) | about, indent=1) + "\n", encoding="utf-8")
     write_sums(target)
