@@ -68,7 +68,7 @@ PRESETS = {
         pictures=30_000,
         vae=LoopConfig(steps=3700, batch_size=4, lr=6e-4, cooldown=0.6, ema_decay=0.997),
         vae_loss=VAELoss(perceptual=1.0, perceptual_from=0, adversarial=0.0, full_from=0),
-        diffusion=LoopConfig(steps=4800, batch_size=32, lr=6e-4, cooldown=0.5),
+        diffusion=LoopConfig(steps=3900, batch_size=32, lr=6e-4, cooldown=0.5),
         start="tabletop",
     ),
     # a quarter of an hour on a laptop's processor: single objects, networks of half the width, attention from 8x8 latents down
