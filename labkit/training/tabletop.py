@@ -67,7 +67,7 @@ PRESETS = {
         diffusion=LoopConfig(steps=9000, batch_size=32, lr=6e-4, cooldown=0.4, mixed_precision="bf16"),
         start="tabletop",
     ),
-    # a quarter of an hour on a laptop's processor: single objects, networks of half the width, attention from 8x8 latents down
+    # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
     "tabletop-mini": Preset(
         world=World(counts=(1,)),
         pictures=3000,
