@@ -109,9 +109,12 @@ print("was not killed")
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
     train(tiny(), tmp_path)
+    (tmp_path / ".checkpoint.pt.0a1b2c3d.unfinished").write_bytes(b"half")  # what a run that was killed leaves
+    (tmp_path / ".model.0a1b2c3d.unfinished" / "unet").mkdir(parents=True)
     before, steps = saved(tmp_path), []
     train(tiny(lambda step, losses: steps.append(step)), tmp_path)
     assert steps == [] and same(before, saved(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
 
 
 @pytest.mark.parametrize("poison, kept", [(6, 4), (2, None)])
@@ -594,7 +597,7 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     short = LoopConfig(steps=2, batch_size=2, lr=1e-3, warmup=1)
     preset = tabletop.Preset(
         world=data.World(counts=(1,)), pictures=12, clip=short, vae=short, diffusion=replace(short, mixed_precision="bf16"), unet_config=TINY_UNET, vae_config=TINY_VAE,
-        vae_loss=vae.VAELoss(adversarial_from=1, full_from=1),
+        vae_loss=vae.VAELoss(adversarial_from=1, full_from=1), name="mine",
     )  # fmt: skip
     tabletop.train("all", tmp_path, preset, "cpu")
     parts = load_pipeline(tmp_path / "model")
@@ -604,7 +607,7 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     assert z.std().item() == pytest.approx(1.0, abs=0.05)
     trained = saved(tmp_path / "diffusion")["ema"]["unet"]
     torch.testing.assert_close(parts.unet.state_dict()["conv_in.weight"], trained["conv_in.weight"].half().float())
-    assert (tmp_path / "model" / "SHA256SUMS").exists() and (tmp_path / "model" / "image_tower" / "model.safetensors").exists()
+    assert parts.name == "mine" and (tmp_path / "model" / "SHA256SUMS").exists() and (tmp_path / "model" / "image_tower" / "model.safetensors").exists()
     lab = LatentDiffusion(parts.unet, parts.vae, parts.text_encoder, parts.tokenizer, parts.schedule_config, parts.name, parts.metadata)
     assert lab.generate("a red sphere", steps=2, progress=False).image.size == (128, 128)
     assert lab.metadata["training"] == {"counts": [1], "styles": ["photo"], "pictures": 12}
@@ -629,3 +632,14 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     before = (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     tabletop.train("all", tmp_path, preset, "cpu")  # nothing is left to do
     assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_presets_are_made_of_parts_that_fit():
+    for name, preset in tabletop.PRESETS.items():
+        with torch.device("meta"):
+            unet, vae_net = UNet(preset.unet_config), VAE(preset.vae_config)
+            z = vae_net.encode(torch.zeros(1, 3, 128, 128)).mean
+            c = torch.zeros(1, TABLETOP_TEXT.max_position_embeddings, TABLETOP_TEXT.hidden_size)
+            assert unet(z, torch.zeros(1), c).shape == z.shape == (1, 4, preset.unet_config.sample_size, preset.unet_config.sample_size), name
+    mini, whole = (sum(p.numel() for p in UNet(tabletop.PRESETS[name].unet_config).parameters()) for name in ("tabletop-mini", "tabletop"))
+    assert mini < 0.7 * whole

@@ -11,6 +11,7 @@ samples. A player is an objective, a module whose forward(batch) returns a dict 
 Most recipes have one; the autoencoder plays against a discriminator.
 """
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def run(recipe: Recipe, config: LoopConfig, folder: str | Path, device: str | No
     if main:
         trim_log(folder / "log.jsonl", step)
         for left in folder.glob(".*.unfinished"):  # of a run that was killed while it wrote
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc=folder.name, disable=not (progress and main))
     for step in bar:
         losses = state.step(step, recipe.batch(step, share))

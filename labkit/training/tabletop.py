@@ -71,14 +71,14 @@ PRESETS = {
         diffusion=LoopConfig(steps=3900, batch_size=32, lr=6e-4, cooldown=0.5),
         start="tabletop",
     ),
-    # a quarter of an hour on a laptop's processor: single objects, networks of half the width, attention from 8x8 latents down
+    # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
     "tabletop-mini": Preset(
         world=World(counts=(1,)),
         pictures=3000,
         clip=LoopConfig(steps=300, batch_size=32, lr=1e-3, warmup=50),
         vae=LoopConfig(steps=2000, batch_size=4, lr=2e-3, warmup=100, cooldown=0.4, ema_decay=0.995),
         vae_loss=VAELoss(perceptual_from=400, adversarial=0.0, full_from=1400),
-        diffusion=LoopConfig(steps=1800, batch_size=32, lr=1.5e-3, warmup=100, cooldown=0.5, ema_decay=0.995),
+        diffusion=LoopConfig(steps=2000, batch_size=16, lr=1e-3, warmup=100, cooldown=0.5, ema_decay=0.995),
         unet_config=replace(TABLETOP_UNET, block_out_channels=(32, 64, 128), cross_attention=(False, True, True)),
         vae_config=replace(TABLETOP_VAE, block_out_channels=(8, 16, 32, 64), norm_num_groups=4),
         name="tabletop-mini",
