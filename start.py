@@ -3,6 +3,8 @@
     python start.py                 set up what is missing, then open JupyterLab on the first notebook
     python start.py test [args]     the same set-up, then all tests and notebooks (args go to pytest)
     python start.py --headless      the same set-up, then run the first notebook into out/, no browser
+    python start.py --present 08    the same set-up, then notebook 08 for a projector: a fresh copy in out/, large letters
+    python start.py --present 08 --voila    the same notebook as a page without code, run at once (installs Voila)
 
 Everything lives in .venv beside this file; delete that folder to start afresh. A stamp in it holds a hash of what
 was asked for (constraints.txt, pyproject.toml, this Python, this folder), so a second run installs nothing and
@@ -31,6 +33,15 @@ NOTEBOOK = "00_an_image_in_five_lines"
 TEMPLATE = "classic"  # nbconvert's newer "lab" page drops the alternative texts of pictures
 OLDEST, NEWEST = (3, 11), (3, 14)
 EXTRAS = {"notebooks", "test"}
+PROJECTOR = {  # JupyterLab's settings for --present: legible from the last row, nothing cut off at the right
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},
+    "@jupyterlab/apputils-extension:themes": {
+        "theme": "JupyterLab Light",
+        "overrides": {"code-font-size": "22px", "content-font-size1": "22px", "ui-font-size1": "15px"}},
+    "@jupyterlab/application-extension:shell": {"startMode": "single"},
+    "@jupyterlab/notebook-extension:tracker": {
+        "codeCellConfig": {"lineNumbers": False, "lineWrap": True}, "maxNumberOutputs": 0, "scrollPastEnd": True},
+}
 GIGABYTES = 4  # what a first set-up takes at most with a CPU build of torch, the downloads included
 WINDOWS = os.name == "nt"
 
@@ -230,10 +241,10 @@ def locked():
         yield
 
 
-def set_up():
+def set_up(further=()):
     """Make the environment what pyproject.toml and constraints.txt ask for; nothing if it is that already."""
     check_python()
-    extras = EXTRAS | set(os.environ.get("LABKIT_EXTRAS", "").replace(",", " ").split())
+    extras = EXTRAS | set(further) | set(os.environ.get("LABKIT_EXTRAS", "").replace(",", " ").split())
     want = wanted(extras)
 
     def ready():
@@ -267,19 +278,83 @@ def foreground(command, env):
         signal.signal(signal.SIGINT, before)
 
 
-def open_lab():
-    """JupyterLab on the first notebook: this machine only, token kept, nothing asked of the network."""
-    if not os.path.exists(notebook_path()):
-        raise Stop(f"notebooks/{NOTEBOOK}.ipynb is missing: get the project again.")
+def run_jupyterlab(address, *options):
+    """JupyterLab at one of its addresses: this machine only, token kept, nothing asked of the network."""
     say("opening JupyterLab; to stop it, press Ctrl+C here and answer y")
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # the rule inside containers
     code = foreground(
         [venv_python(), "-m", "jupyterlab", *root, "--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=" + ROOT,
-         f"--LabApp.default_url=/lab/tree/notebooks/{NOTEBOOK}.ipynb"],
+         "--LabApp.default_url=" + address, *options],
         clean_environment())
     if code > 0:
         raise Stop(f"JupyterLab ended with exit code {code} (details above).")
     return 0
+
+
+def open_lab():
+    """JupyterLab on the first notebook."""
+    if not os.path.exists(notebook_path()):
+        raise Stop(f"notebooks/{NOTEBOOK}.ipynb is missing: get the project again.")
+    return run_jupyterlab(f"/lab/tree/notebooks/{NOTEBOOK}.ipynb")
+
+
+def find_notebook(number):
+    """The name of the notebook with this number ("8" and "08" are one); unknown numbers are answered with a list."""
+    folder = os.path.join(ROOT, "notebooks")
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    names = {name[:2]: name for name in sorted(found) if re.match(r"\d\d_.*\.ipynb$", name)}
+    if number.zfill(2) not in names:
+        there = ", ".join(name[:-len(".ipynb")] for name in names.values()) or "none: get the project again"
+        raise Stop(f"there is no notebook {number!r}; say its two digits. There are: {there}.")
+    return names[number.zfill(2)]
+
+
+def write_json(path, content):
+    """Write a file under a temporary name, then rename it: whoever reads it finds the old or the new one whole."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".part", path)
+
+
+def copy_for_class(name):
+    """A fresh copy of a notebook in out/, as deep as notebooks/ so that its links hold, without outputs: a class that
+    is asked to predict should not read the answer, and saved widgets do not draw before they have run."""
+    with open(os.path.join(ROOT, "notebooks", name), encoding="utf-8") as file:
+        notebook = json.load(file)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
+            cell["metadata"]["scrolled"] = False  # a figure is shown whole, never in a box with a scroll bar
+        else:  # a link to a sibling leads to the sibling
+            cell["source"] = re.sub(r"\]\((?=\d\d_)", "](../notebooks/", "".join(cell["source"]))
+    copy = os.path.join(ROOT, "out", name)
+    write_json(copy, notebook)
+    return copy
+
+
+def voila(notebook):
+    """How Voila is started: this machine only; a cell that fails says why."""
+    return ["-m", "voila", notebook, "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
+
+
+def present(number, as_page):
+    """A notebook for a projector, from a copy; the settings of the presenter's own JupyterLab stay as they are."""
+    name = find_notebook(number)
+    copy = copy_for_class(name)
+    say(f"presenting a fresh copy, out/{name}; notebooks/{name} stays as it is")
+    if as_page:
+        say("the page appears when all cells have run; to stop it, press Ctrl+C here")
+        code = foreground([venv_python(), *voila(copy)], clean_environment())
+        if code > 0:
+            raise Stop(f"Voila ended with exit code {code} (details above).")
+        return 0
+    own = os.path.join(ROOT, "out", "present")
+    write_json(os.path.join(own, "defaults", "overrides.json"), PROJECTOR)
+    return run_jupyterlab(
+        "/doc/tree/out/" + name, "--LabApp.app_settings_dir=" + os.path.join(own, "defaults"),
+        "--LabApp.user_settings_dir=" + os.path.join(own, "settings"),
+        "--LabApp.workspaces_dir=" + os.path.join(own, "workspaces"))
 
 
 def run_tests(arguments):
@@ -314,9 +389,17 @@ def main(arguments):
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    if arguments[:1] == ["--present"]:
+        if len(arguments) < 2 or arguments[2:] not in ([], ["--voila"]):
+            raise Stop("cannot do that: say `start.py --present NN`, NN the notebook's two digits, or "
+                       "`start.py --present NN --voila`.")
+        find_notebook(arguments[1])  # before anything is installed
+        as_page = arguments[2:] == ["--voila"]
+        set_up({"present"} if as_page else ())
+        return present(arguments[1], as_page)
     if not (arguments in ([], ["--headless"]) or arguments[0] == "test"):
-        raise Stop(f"cannot do {' '.join(arguments)!r}: there are `start.py`, `start.py test [pytest arguments]` and "
-                   "`start.py --headless`.")
+        raise Stop(f"cannot do {' '.join(arguments)!r}: there are `start.py`, `start.py test [pytest arguments]`, "
+                   "`start.py --headless` and `start.py --present NN`.")
     set_up()
     if not arguments:
         return open_lab()

@@ -5,6 +5,7 @@ Nothing is installed here; pip and the virtual environment are replaced by stand
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -58,7 +59,7 @@ def test_environment_yml_asks_for_what_pyproject_asks_for():
 
 def test_everything_asked_for_is_pinned_to_a_version_that_satisfies_it():
     pinned = pins()
-    for name, versions in asked_for("notebooks", "test", "browser").items():
+    for name, versions in asked_for("notebooks", "test", "browser", "present").items():
         version = str(pinned[name]).removeprefix("==")
         assert versions.contains(version), f"{name} is pinned to {version}, pyproject.toml asks for {versions}"
 
@@ -274,7 +275,8 @@ def test_it_needs_nothing_but_an_old_python_to_be_read():
     assert names <= sys.stdlib_module_names and not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
 
 
-@pytest.mark.parametrize("arguments", [["--hedless"], ["tests"], ["--headless", "x"]])
+@pytest.mark.parametrize("arguments", [["--hedless"], ["tests"], ["--headless", "x"], ["--present"],
+                                       ["--present", "42"], ["--present", "../08"], ["--present", "08", "--viola"]])
 def test_a_wrong_argument_ends_in_one_line_and_2(arguments):
     done = subprocess.run([sys.executable, str(ROOT / "start.py"), *arguments], capture_output=True, text=True,
                           timeout=60)
@@ -315,3 +317,107 @@ def test_jupyterlab_stays_on_this_machine_and_keeps_its_token(start, monkeypatch
     assert start.open_lab() == 0
     assert "--ServerApp.ip=127.0.0.1" in seen and "--ServerApp.root_dir=" + start.ROOT in seen
     assert not [option for option in seen if "token" in option or "password" in option or "0.0.0.0" in option]
+
+
+@pytest.fixture
+def notebook(start):
+    """One notebook with an output, in the project folder that `start` works in; gives its path."""
+    from nbformat import write
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+    cells = [new_markdown_cell("[a file](../labkit/tap.py), [another](01_noise.ipynb)"),
+             new_code_cell("1", execution_count=1, outputs=[new_output("stream", text="the answer")])]
+    path = Path(start.ROOT) / "notebooks" / "08_attention_maps.ipynb"
+    path.parent.mkdir()
+    write(new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.mark.parametrize("number", ["08", "8"])
+def test_a_notebook_is_presented_from_a_copy_without_answers(start, notebook, monkeypatch, number):
+    import nbformat
+
+    before, seen = notebook.read_bytes(), []
+    monkeypatch.setattr(start, "foreground", lambda command, env: seen.extend(command) or 0)
+    assert start.present(number, as_page=False) == 0
+    assert notebook.read_bytes() == before
+    copy = nbformat.read(Path(start.ROOT) / "out" / notebook.name, as_version=4)
+    nbformat.validate(copy)
+    original = nbformat.read(notebook, as_version=4)
+    assert copy.cells[0].source == "[a file](../labkit/tap.py), [another](../notebooks/01_noise.ipynb)"
+    assert copy.cells[1].source == original.cells[1].source
+    assert copy.cells[1].outputs == [] and copy.cells[1].execution_count is None and copy.cells[1].metadata.scrolled is False
+    assert "--LabApp.default_url=/doc/tree/out/" + notebook.name in seen and "--ServerApp.ip=127.0.0.1" in seen
+    folders = dict(option.removeprefix("--LabApp.").split("=") for option in seen if "_dir=" in option and "LabApp" in option)
+    assert set(folders) == {"app_settings_dir", "user_settings_dir", "workspaces_dir"}, "the presenter's own JupyterLab is touched"
+    assert all(Path(folder).is_relative_to(start.ROOT) for folder in folders.values())
+    assert json.loads((Path(folders["app_settings_dir"]) / "overrides.json").read_text()) == start.PROJECTOR
+
+
+def test_the_projectors_settings_are_settings_of_this_jupyterlab(start):
+    """A setting that JupyterLab does not know is dropped without a word."""
+    schemas = Path(sys.prefix) / "share" / "jupyter" / "lab" / "schemas"
+    for plugin, values in start.PROJECTOR.items():
+        package, name = plugin.split(":")
+        known = json.loads((schemas / package / (name + ".json")).read_text(encoding="utf-8"))["properties"]
+        assert set(values) <= set(known), plugin
+        if "overrides" in values:
+            assert set(values["overrides"]) <= set(known["overrides"]["default"])
+
+
+def test_an_unknown_notebook_is_answered_with_those_there_are(start, notebook):
+    with pytest.raises(start.Stop, match="no notebook '11'.*08_attention_maps"):
+        start.present("11", as_page=False)
+    assert not (Path(start.ROOT) / "out").exists()
+
+
+def test_the_page_without_code_brings_its_own_extra(start, notebook, monkeypatch):
+    asked, seen = [], []
+    monkeypatch.setattr(start, "set_up", lambda further=(): asked.append(set(further)))
+    monkeypatch.setattr(start, "foreground", lambda command, env: seen.append(command) or 0)
+    assert start.main(["--present", "08"]) == 0 and start.main(["--present", "08", "--voila"]) == 0
+    assert asked == [set(), {"present"}]
+    assert [command[2] for command in seen] == ["jupyterlab", "voila"]
+    assert str(Path(start.ROOT) / "out" / notebook.name) in seen[1] and "--Voila.ip=127.0.0.1" in seen[1]
+
+
+def test_the_page_without_code_runs_the_notebook(start, notebook, tmp_path):
+    """Voila as `start.py --present NN --voila` starts it, where it is installed: the page holds what the cells drew, and no code."""
+    import socket
+    import time
+    import urllib.error
+    import urllib.request
+
+    import nbformat
+
+    if importlib.util.find_spec("voila") is None:
+        pytest.skip("Voila is not installed: LABKIT_EXTRAS=present python start.py test")
+    cells = [nbformat.v4.new_code_cell("import ipywidgets\nprint(6 * 7)\nipywidgets.IntSlider(3, description='steps')")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "voila.log"
+    command = [sys.executable, *start.voila(str(notebook)), f"--port={port}", "--no-browser"]
+    with log.open("wb") as sink:
+        server = subprocess.Popen(command, cwd=notebook.parent, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        end, page = time.monotonic() + 180, None
+        while page is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=180) as answer:
+                    page = answer.read().decode()
+            except ConnectionError:
+                pass
+            except urllib.error.URLError as error:
+                assert isinstance(error.reason, ConnectionError), error
+            assert server.poll() is None and time.monotonic() < end, log.read_text(errors="replace")
+            time.sleep(0.2)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert "<pre>42" in page.replace("\n", ""), log.read_text(errors="replace")
+    # the slider's state stays in the kernel, from where the page fetches it
+    assert page.count("application/vnd.jupyter.widget-view+json") == 1, "the slider is not in the page"
+    assert "6 * 7" not in page, "the page shows the code"
