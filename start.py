@@ -350,10 +350,10 @@ def present(number, as_page):
             raise Stop(f"Voila ended with exit code {code} (details above).")
         return 0
     own = os.path.join(ROOT, "out", "present")
-    write_json(os.path.join(own, "defaults", "overrides.json"), PROJECTOR)
+    for plugin, values in PROJECTOR.items():  # as a user's settings: the theme's sizes are read from nowhere else
+        write_json(os.path.join(own, "settings", *plugin.split(":")) + ".jupyterlab-settings", values)
     return run_jupyterlab(
-        "/doc/tree/out/" + name, "--LabApp.app_settings_dir=" + os.path.join(own, "defaults"),
-        "--LabApp.user_settings_dir=" + os.path.join(own, "settings"),
+        "/doc/tree/out/" + name, "--LabApp.user_settings_dir=" + os.path.join(own, "settings"),
         "--LabApp.workspaces_dir=" + os.path.join(own, "workspaces"))
 
 

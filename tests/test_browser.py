@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import secrets
 import shutil
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from tiny import build
 
@@ -43,6 +44,13 @@ from labkit.widgets import guidance_slider
 scales = (0.0, 1.0, 3.0, 7.5, 12.0)
 guidance_slider(Sweep([[Image.new("RGB", (32, 32), (int(20 * w), 80, 80)) for w in scales]], scales, (0,), "a red sphere"))
 """
+
+
+SETTINGS = {
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},  # else it asks whether it may
+    # JupyterLab keeps cells out of the page while they are out of sight; here all of them are to be seen
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+}
 
 
 def missing(what: str):
@@ -73,8 +81,8 @@ def browser():
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path, state: Path):
-    """A JupyterLab on `folder`, its settings under `state`; gives a function from a path to its address there."""
+def jupyterlab(folder: Path, state: Path, settings: dict | None = None):
+    """A JupyterLab on `folder`, its settings under `state`, `settings` among them; gives a function from a path to its address there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,13 +90,10 @@ def jupyterlab(folder: Path, state: Path):
     env = os.environ | {f"JUPYTER_{name}_DIR": str(state / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     env |= {f"JUPYTERLAB_{name}_DIR": str(state / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
     env |= {"JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    news = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    # JupyterLab keeps cells out of the page while they are out of sight; here all of them are to be seen
-    cells = state / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    cells.parent.mkdir(parents=True)
-    cells.write_text(json.dumps({"windowingMode": "none"}))
-    news.write_text('{"fetchNews": "false"}')  # else it asks whether it may
+    for plugin, values in (SETTINGS | (settings or {})).items():
+        path = state / "settings" / plugin.split(":")[0] / f"{plugin.split(':')[1]}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
     log = state / "server.log"
     with log.open("wb") as sink:
         server = subprocess.Popen(
@@ -221,6 +226,24 @@ def walk(browser, notebook: Path, state: Path, screenshot: Path):
             page.screenshot(path=screenshot)
         page.close()
         assert asked == []
+
+
+def test_a_presented_notebook_has_large_letters_and_one_document(browser, tmp_path):
+    """What start.py --present asks of JupyterLab is done by it, not only known to it."""
+    settings = runpy.run_path(str(ROOT / "start.py"))["PROJECTOR"]
+    sizes = settings["@jupyterlab/apputils-extension:themes"]["overrides"]
+    folder = tmp_path / "class"
+    folder.mkdir()
+    nbformat.write(new_notebook(cells=[new_markdown_cell("One sentence."), new_code_cell("1 + 1")]), folder / "small.ipynb")
+    with jupyterlab(folder, tmp_path / "state", settings) as address:
+        page = browser.new_page(viewport={"width": 1920, "height": 1080})
+        page.goto(address("doc/tree/small.ipynb"), timeout=PATIENCE * 1000)
+        code, text = page.locator(".jp-CodeCell .cm-content").first, page.locator(".jp-RenderedMarkdown p").first
+        for cell, size in ((code, sizes["code-font-size"]), (text, sizes["content-font-size1"])):
+            cell.wait_for(timeout=PATIENCE * 1000)
+            wait_for(lambda: cell.evaluate("e => getComputedStyle(e).fontSize") == size, f"letters of {size}")
+        assert page.locator(".jp-LabShell[data-shell-mode='single-document']").count() == 1
+        page.close()
 
 
 @pytest.fixture

@@ -349,9 +349,10 @@ def test_a_notebook_is_presented_from_a_copy_without_answers(start, notebook, mo
     assert copy.cells[1].outputs == [] and copy.cells[1].execution_count is None and copy.cells[1].metadata.scrolled is False
     assert "--LabApp.default_url=/doc/tree/out/" + notebook.name in seen and "--ServerApp.ip=127.0.0.1" in seen
     folders = dict(option.removeprefix("--LabApp.").split("=") for option in seen if "_dir=" in option and "LabApp" in option)
-    assert set(folders) == {"app_settings_dir", "user_settings_dir", "workspaces_dir"}, "the presenter's own JupyterLab is touched"
+    assert set(folders) == {"user_settings_dir", "workspaces_dir"}, "the presenter's own JupyterLab is touched"
     assert all(Path(folder).is_relative_to(start.ROOT) for folder in folders.values())
-    assert json.loads((Path(folders["app_settings_dir"]) / "overrides.json").read_text()) == start.PROJECTOR
+    written = {plugin: Path(folders["user_settings_dir"], *plugin.split(":")).with_suffix(".jupyterlab-settings") for plugin in start.PROJECTOR}
+    assert {plugin: json.loads(path.read_text()) for plugin, path in written.items()} == start.PROJECTOR
 
 
 def test_the_projectors_settings_are_settings_of_this_jupyterlab(start):
