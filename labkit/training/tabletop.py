@@ -69,6 +69,7 @@ PRESETS = {
         vae=LoopConfig(steps=3700, batch_size=4, lr=6e-4, cooldown=0.6, ema_decay=0.997),
         vae_loss=VAELoss(perceptual=1.0, perceptual_from=0, adversarial=0.0, full_from=0),
         diffusion=LoopConfig(steps=3900, batch_size=32, lr=6e-4, cooldown=0.5),
+        decoder=LoopConfig(steps=1200, batch_size=4, lr=4e-4, warmup=100, cooldown=0.8, ema_decay=0.995),
         start="tabletop",
     ),
     # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
