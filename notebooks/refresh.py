@@ -42,7 +42,7 @@ def shrink(output) -> None:
     if png is None:
         return
     image = Image.open(BytesIO(base64.b64decode(png))).convert("RGB")
-    image.save(file := BytesIO(), "JPEG", quality=88, subsampling=0, optimize=True)
+    image.save(file := BytesIO(), "JPEG", quality=80, subsampling=0, optimize=True)
     jpeg = base64.b64encode(file.getvalue()).decode()
     if len(jpeg) < len(png):
         del output.data["image/png"]
