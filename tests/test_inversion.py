@@ -32,7 +32,9 @@ PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 @pytest.fixture(scope="module")
 def labs(tmp_path_factory):
-    return {family: LatentDiffusion(**vars(load_pipeline(write(family, tmp_path_factory.mktemp("inv") / "m")))) for family in FAMILIES}
+    """In float64: what is compared went through a network in batches of different sizes, whose kernels round differently."""
+    folders = {family: write(family, tmp_path_factory.mktemp("inv") / "m") for family in FAMILIES}
+    return {family: LatentDiffusion(**vars(load_pipeline(folder, torch.device("cpu"), torch.float64))) for family, folder in folders.items()}
 
 
 def ours(lab, kind="direct", images=PICTURES, **asked):
@@ -116,7 +118,7 @@ def test_direct_keeps_the_source_on_its_path_and_leaves_the_target_alone(family,
             z = z + offsets[-1]
     assert max(float(d.norm() / found.path[0].norm()) for d in offsets) > 1e-3 and apart(z, found.path[0]) < 1e-6
     drawn = list(lab.steps(OTHER, seed=[0, 0], course=lambda noise: Course(found.z), **run))[-1].x
-    assert apart(latents[1], drawn) < 1e-5
+    assert apart(latents[1], drawn) < 1e-10
     plain = redrawn(lab, ours(lab, "ddim"), OTHER)
     assert apart(plain[0], found.path[0]) > 1e-3 and apart(plain[1], latents[1]) < 1e-6
 

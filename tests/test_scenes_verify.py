@@ -143,12 +143,16 @@ def test_shipped_reader_sees_what_is_there():
 
 @SHIPPED
 def test_reader_follows_the_picture_not_a_habit():
-    """Red and blue exchanged in the pixels are exchanged in the answer; mirrored, left is right; an empty table is empty."""
+    """Red and blue exchanged are exchanged in the answer; red's pixels made blue are blue; mirrored, left is right; an empty table is empty."""
     found = next(s for s in scenes(WORLD, TEST_SEED + 9000, 200) if (s.light, s.style, len(s.objects)) == ("day", "photo", 2))
     scene = replace(found, objects=tuple(replace(o, colour=colour, material="rubber") for o, colour in zip(found.objects, ("red", "blue"))))
+    other = replace(scene, objects=tuple(replace(o, colour={"red": "blue", "blue": "red"}[o.colour]) for o in scene.objects))
     picture = render(scene).image
-    plain, exchanged, mirrored = read(torch.cat([picture, picture.flip(1), picture.flip(3)]))
-    assert [o.colour for o in plain.objects] == [{"red": "blue", "blue": "red"}[o.colour] for o in exchanged.objects]
+    plain, exchanged, reddened, mirrored = read(torch.cat([picture, render(other).image, picture.flip(1), picture.flip(3)]))
+    assert sorted(o.colour for o in plain.objects) == ["blue", "red"]
+    assert [o.colour for o in plain.objects] == [o.colour for o in reversed(exchanged.objects)]
+    for before, after in zip(plain.objects, reddened.objects):  # with channels exchanged, red is this world's blue, and blue lies between its red and orange
+        assert after.colour in {"red": ("blue",), "blue": ("red", "orange")}[before.colour]
     assert [o.colour for o in plain.objects] == [o.colour for o in reversed(mirrored.objects)]
     assert plain.objects[0].x == pytest.approx(-mirrored.objects[-1].x, abs=0.2)
     far = tuple(replace(o, x=60.0 + i, y=0.0) for i, o in enumerate(scene.objects))
