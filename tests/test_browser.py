@@ -1,5 +1,5 @@
 """The lab as its users meet it, in a real browser: exported pages under the pointer and the keyboard, and JupyterLab from
-run all to a slider that changes a picture.
+run all to a slider that changes a picture and a word that shows its heat map.
 
 Needs Chromium and playwright (`LABKIT_EXTRAS=browser python start.py test`) and skips, saying so, without them;
 LABKIT_REQUIRE_BROWSER=1 turns the skip into a failure. The browser is given no network but this machine.
@@ -31,7 +31,6 @@ from labkit.probes.record import record
 from labkit.widgets import before_after, explore
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "notebooks" / "00_an_image_in_five_lines.ipynb"
 PROMPT = "a red ball left of blue cube"
 PATIENCE = float(os.environ.get("LABKIT_BROWSER_TIMEOUT", "300"))  # seconds for each wait; a busy machine is slow
 
@@ -203,6 +202,25 @@ def move_slider_and_watch(page):
     wait_for(lambda: idle(page), "the kernel to finish")
 
 
+def point_at_a_word_and_watch(page):
+    """Move the pointer to a word of the explorer and see its heat map, and to the picture and see the shares change."""
+    widget = page.locator(".jp-NotebookPanel .labkit-view[data-ready]", has=page.locator(".labkit-word")).first
+    widget.wait_for(timeout=PATIENCE * 1000)
+    words = widget.locator(".labkit-word")
+    words.first.scroll_into_view_if_needed()
+    plain, shares = drawn(widget), widget.locator(".labkit-share").all_inner_texts()
+    assert plain and words.count() > 3
+    words.nth(1).hover()
+    wait_for(lambda: drawn(widget) != plain, "the heat map to show", 10)
+    first = drawn(widget)
+    words.nth(2).hover()
+    wait_for(lambda: drawn(widget) not in (plain, first), "another word's map", 10)
+    picture = widget.locator(".labkit-picture").first
+    picture.scroll_into_view_if_needed()
+    picture.hover()
+    wait_for(lambda: widget.locator(".labkit-share").all_inner_texts() != shares, "the words that a place listens to", 10)
+
+
 def strangers(page) -> list[str]:
     """A list of the addresses that the page will have asked of another machine than this one."""
     asked = []
@@ -211,8 +229,8 @@ def strangers(page) -> list[str]:
     return asked
 
 
-def walk(browser, notebook: Path, state: Path, screenshot: Path):
-    """The whole way through one notebook; nothing may be asked of the network, no cell may fail."""
+def walk(browser, notebook: Path, state: Path, screenshot: Path, act=move_slider_and_watch):
+    """The whole way through one notebook, then `act` on its page; nothing may be asked of the network, no cell may fail."""
     with jupyterlab(notebook.parent, state) as address:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         asked = strangers(page)
@@ -220,7 +238,7 @@ def walk(browser, notebook: Path, state: Path, screenshot: Path):
             page.goto(address("lab/tree/" + notebook.name), timeout=PATIENCE * 1000)
             run_all(page, address)
             assert failed_cells(page) == []
-            move_slider_and_watch(page)
+            act(page)
         finally:  # what was on the screen tells most of a failure
             screenshot.parent.mkdir(exist_ok=True)
             page.screenshot(path=screenshot)
@@ -407,10 +425,11 @@ def test_a_slider_changes_a_picture(browser, tmp_path):
     walk(browser, notebook, tmp_path / "state", tmp_path / "small.png")
 
 
-@pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook is not there")
-def test_the_first_notebook_runs_and_its_slider_changes_the_picture(browser, tmp_path):
+@pytest.mark.parametrize(
+    "name, act", [("00_an_image_in_five_lines", move_slider_and_watch), ("08_attention_maps", point_at_a_word_and_watch)])
+def test_a_shipped_notebook_runs_and_answers(browser, tmp_path, name, act):
     """On a copy, so that the saved notebook stays as it is; the package is found as installed."""
-    copy = tmp_path / "notebooks" / NOTEBOOK.name
-    shutil.copytree(NOTEBOOK.parent, copy.parent, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    copy = tmp_path / "notebooks" / f"{name}.ipynb"
+    shutil.copytree(ROOT / "notebooks", copy.parent, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (tmp_path / "state").mkdir()
-    walk(browser, copy, tmp_path / "state", ROOT / "out" / "browser_00.png")
+    walk(browser, copy, tmp_path / "state", ROOT / "out" / f"browser_{name[:2]}.png", act)

@@ -213,6 +213,8 @@ def test_the_pictures_that_are_looked_through_are_those_the_model_was_trained_on
 
     lab = SimpleNamespace(name="one", metadata={"training": {"counts": [1, 1, 2], "styles": ["photo"], "pictures": 20}})
     assert memorisation.world_of(lab, 20) == data.World(counts=(1, 1, 2), styles=("photo",))
+    lab.metadata["training"]["groups"] = 0.25
+    assert memorisation.world_of(lab, 20) == data.World(counts=(1, 1, 2), styles=("photo",), groups=0.25)
     with pytest.raises(LabkitError, match="was trained on 20 pictures, and 21 are to be looked through: give --audit 20"):
         memorisation.world_of(lab, 21)
     with pytest.raises(LabkitError, match="does not say what it was trained on"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from labkit.errors import LabkitError
-from labkit.scenes.captions import KINDS, MAX_WORDS, caption, describe, relations, vocabulary
+from labkit.scenes.captions import KINDS, MAX_WORDS, caption, describe, relations, twisted, vocabulary
 from labkit.scenes.scene import LIGHTS, TABLES, Object, Scene, scene_from_seed
 
 SEEDS = range(2400)
@@ -26,7 +26,8 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 STYLE = r"^a (?P<style>photo|picture|pencil sketch|sketch|drawing) of "
 LIGHT = r" (?P<light>in daylight|by day|at sunset|at dusk|at night|by night)$"
 TABLE = r" on a (?P<table>(plain|bare|checkered|wooden|wood) table|chessboard)$"
-RELATION = r" (to the left of|left of|to the right of|right of|in front of|behind) "
+RELATION = r" (to the left of|left of|to the right of|right of|in front of|behind) (?=an? )"
+WHERE = r" (on the left|on the right|in front|behind)$"
 MEANS = {"photo": "photo", "picture": "photo", "pencil sketch": "sketch", "sketch": "sketch", "drawing": "sketch",
          "in daylight": "day", "by day": "day", "at sunset": "sunset", "at dusk": "sunset", "at night": "night",
          "by night": "night", "plain table": "plain", "bare table": "plain", "checkered table": "checkered",
@@ -61,6 +62,15 @@ def stands(scene: Scene, words: str, i: int, j: int) -> bool:
     return a.y > b.y + 0.5 and depth[0] > depth[1] + 0.3
 
 
+def placed(scene: Scene, place: str, k: int) -> bool:
+    """Whether object k stands off the table's middle in this direction, on the table and before the camera."""
+    obj = scene.objects[k]
+    u, _, depth = scene.camera().project(np.array([[obj.x, obj.y, 0.0], [0.0, 0.1, 0.0]]))
+    across, away = u[0] - u[1], depth[0] - depth[1]
+    return {"on the left": obj.x < -0.25 and across < 0, "on the right": obj.x > 0.25 and across > 0,
+            "in front": obj.y < -0.15 and away < -0.15, "behind": obj.y > 0.35 and away > 0.15}[place]  # fmt: skip
+
+
 def is_true(text: str, scene: Scene) -> bool:
     """Read the sentence and say whether it holds of the scene."""
     for kind, pattern in (("style", STYLE), ("light", LIGHT), ("table", TABLE)):
@@ -75,10 +85,11 @@ def is_true(text: str, scene: Scene) -> bool:
         pairs = itertools.product(fitting(scene, first), fitting(scene, second))
         return any(i != j and stands(scene, parts[1], i, j) for i, j in pairs)
     assert len(parts) == 1, f"two relations in one sentence: {text}"
-    things = [read_things(part) for part in re.split(r" and |, ", text)]
     single = []
-    for number, wanted in things:
-        fits = fitting(scene, wanted)
+    for part in re.split(r" and |, ", text):
+        where = re.search(WHERE, part)
+        number, wanted = read_things(part[: where.start()] if where else part)
+        fits = [k for k in fitting(scene, wanted) if not where or placed(scene, where[1], k)]
         if number is None:
             single.append(fits)
         elif len(fits) != number:
@@ -92,21 +103,24 @@ def scenes() -> list[Scene]:
     return [scene_from_seed(seed, held_out="any", styles=("photo", "sketch")) for seed in SEEDS]
 
 
-def drawn(detail: str | None = None):
+def drawn(detail: str | None = None, whereabouts: float = 0.0):
     rng = np.random.default_rng(11)
-    return ((scene, caption(scene, rng, detail)) for scene in scenes())
+    return ((scene, caption(scene, rng, detail, whereabouts)) for scene in scenes())
 
 
-def test_captions_are_true():
-    for scene, said in drawn():
+@pytest.mark.parametrize("whereabouts", [0.0, 0.6])
+def test_captions_are_true(whereabouts):
+    for scene, said in drawn(whereabouts=whereabouts):
         assert is_true(said.text, scene), (said.text, scene)
         assert is_true(describe(scene).text, scene), (describe(scene).text, scene)
 
 
 def lies(text: str, scene: Scene):
     """(kind, false sentence) for each way to twist a true one."""
+    swap = {"left": "right", "right": "left", "behind": "in front of", "in front of": "behind"}
+    if re.search(r"on the (left|right)", text) and len({obj.shape for obj in scene.objects}) == len(scene.objects):
+        yield "whereabouts", re.sub(r"on the (left|right)", lambda match: f"on the {swap[match[1]]}", text)
     if unmistakable(text, scene):
-        swap = {"left": "right", "right": "left", "behind": "in front of", "in front of": "behind"}
         yield "relation", re.sub(r"left|right|behind|in front of", lambda match: swap[match[0]], text)
     for number, other in (("two", "three"), ("three", "two")):
         if text.startswith(number):
@@ -127,13 +141,29 @@ def lies(text: str, scene: Scene):
 def test_reader_rejects_false_captions():
     """The reader must be able to say no, or the test above proves nothing."""
     rejected = Counter()
-    for scene, said in drawn():
+    for scene, said in drawn(whereabouts=0.6):
         for kind, lie in lies(said.text, scene):
             lie = re.sub(r"\ban? (?=[aeiou])", "an ", re.sub(r"\ban? (?=[^aeiou ])", "a ", lie))
             if lie != said.text:
                 assert not is_true(lie, scene), (kind, lie, scene)
                 rejected[kind] += 1
-    assert len(rejected) == 9 and min(rejected.values()) >= 20, rejected
+    assert len(rejected) == 10 and min(rejected.values()) >= 20, rejected
+
+
+def test_twisted_captions_are_false():
+    """By the same reader; what they differ in is one number, one direction, or two words exchanged."""
+    rng, kinds = np.random.default_rng(3), Counter()
+    for scene, said in drawn(whereabouts=0.6):
+        lie = twisted(said, scene, rng)
+        if lie is None:
+            kinds["none"] += 1
+            continue
+        assert not is_true(lie, scene), (said.text, lie, scene)
+        old, new = (re.findall(r"[a-z]+", re.sub(r"\ban\b", "a", text)) for text in (said.text, lie))
+        moved = Counter(old) - Counter(new) + (Counter(new) - Counter(old))
+        kinds["exchanged" if not moved else "number" if set(moved) & set(NUMBERS) else "direction"] += 1
+        assert set(moved) <= {*NUMBERS, "left", "right", "in", "front", "of", "behind"}, (said.text, lie)
+    assert min(kinds[kind] for kind in ("none", "exchanged", "number", "direction")) > 50, kinds
 
 
 def unmistakable(text: str, scene: Scene) -> bool:
@@ -143,7 +173,7 @@ def unmistakable(text: str, scene: Scene) -> bool:
 
 
 def test_words_are_aligned():
-    for scene, said in drawn():
+    for scene, said in drawn(whereabouts=0.6):
         last = 0
         for word in said.words:
             assert said.text[word.start : word.end] == word.text and word.start >= last and word.kind in KINDS
@@ -158,6 +188,8 @@ def test_words_are_aligned():
                 assert len(set(objects)) == NUMBERS[word.text]
             elif word.kind == "relation":
                 assert len(objects) == 2 and stands(scene, word.text, *word.objects)
+            elif word.kind == "whereabouts":
+                assert placed(scene, {"front": "in front", "behind": "behind"}.get(word.text, f"on the {word.text}"), *word.objects)
             else:
                 assert not objects
         content = [word.text for word in said.words]
@@ -167,7 +199,7 @@ def test_words_are_aligned():
 
 def test_length_and_vocabulary():
     words, known = set(), set(vocabulary())
-    for scene, said in drawn():
+    for scene, said in itertools.chain(drawn(), drawn(whereabouts=0.6)):
         for text in (said.text, describe(scene).text):
             tokens = re.findall(r"[a-z]+|,", text)
             assert " ".join(tokens).replace(" ,", ",") == text, "lower case, single spaces, commas only"
@@ -189,6 +221,8 @@ def test_detail_and_commonest_form():
 def test_same_seed_same_caption():
     scene = scene_from_seed(3, counts=(3,))
     assert caption(scene, np.random.default_rng(5)) == caption(scene, np.random.default_rng(5))
+    rngs = [np.random.default_rng(6) for _ in range(2)]
+    assert [caption(scene, rngs[0]) for _ in range(9)] == [caption(scene, rngs[1], whereabouts=0.0) for _ in range(9)], "whereabouts not asked for draw nothing"
     assert describe(scene) == describe(scene)
 
 

@@ -243,37 +243,60 @@ def test_shares_are_the_global_batch():
 
 def test_contrastive_loss_equals_a_plain_reference_also_where_captions_repeat():
     class Table(nn.Module):
-        """Stands for an encoder: gives back what it is built of."""
+        """Stands for an encoder: what it is asked for are row numbers of what it is built of."""
 
         def __init__(self, rows):
             super().__init__()
             self.rows, self.dim, self.config = rows, rows.shape[-1], type("C", (), {"hidden_size": rows.shape[-1]})
 
-        def forward(self, _):
-            return self.rows
+        def forward(self, which):
+            return self.rows[which[:, 0]]
 
     torch.manual_seed(0)
     B, L, D = 4, 3, 6
-    images, states = torch.randn(B, D), torch.randn(B, L, D)
-    ids = torch.tensor([[0, 5, 9], [0, 6, 9], [0, 5, 9], [0, 7, 9]])  # the first and the third say the same
-    states[2] = states[0]  # as it is with an encoder
+    images, states = torch.randn(B, D), torch.randn(2 * B, L, D)
+    states[2] = states[0]  # the first and the third say the same
+    ids, false = torch.tensor([[0, 0], [1, 1], [0, 0], [3, 3]]), torch.arange(B, 2 * B)[:, None]
+    twisted = torch.tensor([True, False, True, True])  # of the second caption there is no false one
     objective = clip.Contrast(Table(states), Table(images))
-    out = objective({"image": images, "ids": ids, "end": torch.tensor([2, 2, 2, 2])})
-    text = states[:, 2] @ objective.head.proj.weight.T
+    ends = {"end": torch.tensor([2, 2, 2, 2]), "false_end": torch.tensor([1, 1, 1, 1])}
+    out = objective({"image": torch.arange(B)[:, None], "ids": ids, "false": false, "twisted": twisted, **ends})
+    text, lies = states[ids[:, 0], 2] @ objective.head.proj.weight.T, states[B:, 1] @ objective.head.proj.weight.T
 
-    def reference(shared, ways=((images, text), (text, images))):  # from pictures to captions, and back
+    def reference(shared, ways=((images, text, lies), (text, images, None))):  # from pictures to captions, and back
         scale, total = objective.head.log_scale.detach().exp(), 0.0
-        for a, b in ways:
+        for a, b, others in ways:
             for i in range(B):
-                s = torch.stack([scale * torch.dot(a[i], b[j]) / (a[i].norm() * b[j].norm()) for j in range(B)])
+                cosines = [torch.dot(a[i], row) / (a[i].norm() * row.norm()) for row in b]
+                if others is not None and twisted[i]:
+                    cosines.append(torch.dot(a[i], others[i]) / (a[i].norm() * others[i].norm()))
+                s = scale * torch.stack(cosines)
                 right = [j for j in range(B) if (ids[j] == ids[i]).all()] if shared else [i]
                 total += -sum(s[j] - s.exp().sum().log() for j in right) / len(right) / (2 * B)
         return total
 
     torch.testing.assert_close(out["loss"], reference(shared=True), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["loss"], reference(shared=False), rtol=1e-5, atol=1e-5)
-    assert (out["loss"] - reference(False, ((images, text),) * 2)).abs() > 1e-3, "the twin that asks in one direction only"
-    assert 0 <= out["right"] <= 1
+    assert (out["loss"] - reference(False, ((images, text, lies),) * 2)).abs() > 1e-3, "the twin that asks in one direction only"
+    assert (out["loss"] - reference(False, ((images, text, None), (text, images, None)))).abs() > 1e-3, "the twin without false captions"
+    nearer = [F.cosine_similarity(images[i], text[i], 0) > F.cosine_similarity(images[i], lies[i], 0) for i in (0, 2, 3)]
+    assert out["told"].item() == pytest.approx(sum(map(bool, nearer)) / 3) and 0 <= out["right"] <= 1
+    out["loss"].backward()
+    assert objective.head.proj.weight.grad.isfinite().all(), "a caption without a twist leaves no trace"
+
+
+def test_false_captions_of_a_batch_are_false_and_differ_in_little():
+    text, tower = CLIPText(replace(TABLETOP_TEXT, vocab_size=len(tabletop.build_tokenizer()))), nn.Identity()
+    tower.dim = 8
+    shown = data.scenes(data.World(counts=(2, 3)), 0, 40)
+    recipe = clip.recipe(text, tower, tabletop.build_tokenizer(), shown, np.zeros((40, 4, 4, 3), np.uint8), whereabouts=0.5)
+    batch = recipe.batch(0, replace(CPU, batch_size=64))
+    differ = (batch["ids"] != batch["false"]).any(1)
+    assert 0.3 < batch["twisted"].float().mean() < 1 and differ[batch["twisted"]].all()
+    same_words = (batch["ids"].sort(1).values == batch["false"].sort(1).values).all(1)  # as when colours are exchanged
+    assert same_words[batch["twisted"]].float().mean() > 0.2
+    half = recipe.batch(0, replace(CPU, batch_size=64, rank=1, world=2))
+    assert all(torch.equal(half[name], batch[name][1::2]) for name in batch)
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +482,11 @@ def test_the_error_of_eps_weighs_as_one_of_x0_clipped():
     torch.testing.assert_close(w[t] * ((guess - eps) ** 2).flatten(1).mean(1), schedule.snr[t].clamp(max=5.0) * of_x0)
     assert (w[schedule.snr <= 5] == 1).all() and (w[schedule.snr > 5] < 1).all(), "weights of x0 itself, min(SNR, 5), would not be 1 where it is noisy"
     assert (diffusion.min_snr(schedule, float("inf")) == 1).all()
-    with pytest.raises(LabkitError, match="gamma"):
-        diffusion.min_snr(schedule, 0.0)
+    floored = diffusion.min_snr(schedule, 5.0, 1.0) * schedule.snr  # as an error of x0
+    torch.testing.assert_close(floored, (w * schedule.snr).clamp(min=1.0))
+    for gamma, floor in ((0.0, 0.0), (5.0, 6.0), (5.0, -1.0)):
+        with pytest.raises(LabkitError, match="gamma"):
+            diffusion.min_snr(schedule, gamma, floor)
 
 
 def test_the_loss_is_weighted_and_the_text_encoder_learns():
@@ -610,13 +636,13 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     assert parts.name == "mine" and (tmp_path / "model" / "SHA256SUMS").exists() and (tmp_path / "model" / "image_tower" / "model.safetensors").exists()
     lab = LatentDiffusion(parts.unet, parts.vae, parts.text_encoder, parts.tokenizer, parts.schedule_config, parts.name, parts.metadata)
     assert lab.generate("a red sphere", steps=2, progress=False).image.size == (128, 128)
-    assert lab.metadata["training"] == {"counts": [1], "styles": ["photo"], "pictures": 12}
+    assert lab.metadata["training"] == {"counts": [1], "styles": ["photo"], "groups": 0.0, "pictures": 12}
     with pytest.raises(LabkitError, match="does not know 'dog'"):
         lab.generate("a dog", progress=False)
     sheets = {path.parent.name for path in tmp_path.glob("*/sheet-000002.png")}
     assert sheets == {"vae", "diffusion"}
-    on = replace(preset, start=str(tmp_path / "model"))
-    with pytest.raises(LabkitError, match="is trained already; train vae, diffusion or all"):
+    on = replace(preset, start=str(tmp_path / "model"), clip=None)
+    with pytest.raises(LabkitError, match="does not train the text encoder by contrast; train vae, diffusion or all"):
         tabletop.train("clip", tmp_path / "on", on, "cpu")
     tabletop.train("all", tmp_path / "on", replace(on, vae=replace(short, lr=0.0), diffusion=replace(short, lr=0.0)), "cpu")
     same = load_pipeline(tmp_path / "on" / "model")
@@ -629,6 +655,25 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     sharp, plain = load_pipeline(tmp_path / "sharper" / "model").vae.state_dict(), parts.vae.state_dict()
     moved = {name for name, value in sharp.items() if not torch.equal(value, plain[name])}
     assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved), "the latents stay what they are"
+    kept = replace(on, vae=None, decoder=short, diffusion=replace(short, lr=0.0))
+    with pytest.raises(LabkitError, match="does not train the autoencoder; train diffusion, decoder or all"):
+        tabletop.train("vae", tmp_path / "kept", kept, "cpu")
+    tabletop.train("all", tmp_path / "kept", kept, "cpu")
+    assert not (tmp_path / "kept" / "vae").exists()
+    theirs = load_pipeline(tmp_path / "kept" / "model").vae
+    assert theirs.config.scaling_factor == parts.vae.config.scaling_factor, "the scale that the U-Net knows"
+    moved = {name for name, value in theirs.state_dict().items() if not torch.equal(value, plain[name])}
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved), moved
+    words = replace(on, vae=None, clip=short, diffusion=replace(short, lr=0.0))
+    tabletop.train("all", tmp_path / "words", words, "cpu")
+    spoken = load_pipeline(tmp_path / "words" / "model")
+    assert any(not torch.equal(a, b) for a, b in zip(spoken.text_encoder.parameters(), parts.text_encoder.parameters()))
+    torch.testing.assert_close(spoken.unet.state_dict(), parts.unet.state_dict(), rtol=0, atol=0)
+    towers = [(tmp_path / name / "image_tower" / "model.safetensors").read_bytes() for name in ("model", "words/model")]
+    assert towers[0] == towers[1], "distances are taken by the tower that they were taken by"
+    for stage in ("vae", "clip"):
+        with pytest.raises(LabkitError, match="needs a model to take them from"):
+            replace(preset, **{stage: None})
     before = (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     tabletop.train("all", tmp_path, preset, "cpu")  # nothing is left to do
     assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before

@@ -2,16 +2,18 @@
 
     caption   -> [style "of"] subject [place] [light]
     subject   -> things ["and" | "," things]... | thing relation thing
-    things    -> "a" thing | count things-alike
+    things    -> "a" thing [whereabouts] | count things-alike
     thing     -> [size] [colour] [material] shape, but "shiny" and "matte" go before the colour
 
 Truth means: a count counts every object that fits the description; "a red sphere" is said of one object, chosen so
-that at least that one fits; a relation holds with a clear margin between the very objects the words are tied to.
+that at least that one fits; a relation holds with a clear margin between the very objects the words are tied to; "on the
+left" of the table is said of objects clearly left of its middle, and only where whereabouts are asked for.
 No caption is longer than MAX_WORDS tokens, where a comma is a token of its own.
 """
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from labkit.scenes.scene import COLOURS, LIGHTS, MATERIALS, SHAPES, SIZES, STYLE
 
 MAX_WORDS = 28
 DETAILS = ("terse", "medium", "full")
-KINDS = ("shape", "colour", "size", "material", "count", "relation", "table", "light", "style")
+KINDS = ("shape", "colour", "size", "material", "count", "relation", "whereabouts", "table", "light", "style")
 
 # The first of each is the plain word: `describe` uses it, and `caption` as often as all the others together.
 SAY = {
@@ -59,9 +61,12 @@ RELATION = {
     "front": (("in", "front", "of"),),
     "behind": (("behind",),),
 }
+WHEREABOUTS = {"left": ("on", "the", "left"), "right": ("on", "the", "right"), "front": ("in", "front"), "behind": ("behind",)}
+OPPOSITE = {"left": "right", "right": "left", "front": "behind", "behind": "front"}
 CARRIERS = ("left", "right", "front", "behind")  # the words of a relation that carry its meaning
 PROMPT_WORDS = ("no", "not", "with", "without", "an", "the", "objects", "object")
 SIDE_MARGIN, DEPTH_MARGIN = 0.5, 0.6  # how far apart objects are that a relation is said of, in table units
+MIDDLE, OFF_MIDDLE = 0.1, 0.3  # y of the table's middle; how far from it an object is that has whereabouts
 
 
 @dataclass(frozen=True)
@@ -106,15 +111,18 @@ class _Line:
         return Caption(text, tuple(words))
 
 
-def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None) -> Caption:
-    """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything."""
+def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, whereabouts: float = 0.0) -> Caption:
+    """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything.
+
+    `whereabouts` is the chance that a list of objects also says where they stand: "a red sphere on the left and a cube behind".
+    """
     if detail is not None and detail not in DETAILS:
         raise LabkitError(f"detail {detail!r} is unknown; choose one of {', '.join(DETAILS)} or None")
     if not scene.objects:
         raise LabkitError("a scene without objects has no caption; add an object")
     detail = detail or ("terse", "medium", "full")[int(np.searchsorted((0.40, 0.75), rng.random()))]
     for attempt in range(20):
-        line = _compose(scene, rng, detail if attempt < 10 else "terse")
+        line = _compose(scene, rng, detail if attempt < 10 else "terse", whereabouts)
         if len(line.tokens) <= MAX_WORDS:
             return line.finish()
     raise AssertionError("a terse caption always fits")
@@ -165,7 +173,65 @@ def relations(scene: Scene, first: int, second: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _compose(scene: Scene, rng, detail: str) -> _Line:
+def stands(obj: Object) -> str | None:
+    """Where an object clearly stands on the table: left, right, front or behind, by the longer way from the middle; None in the middle."""
+    dx, dy = obj.x, obj.y - MIDDLE
+    if max(abs(dx), abs(dy)) < OFF_MIDDLE:
+        return None
+    if abs(dx) >= abs(dy):
+        return "left" if dx < 0 else "right"
+    return "front" if dy < 0 else "behind"
+
+
+def twisted(said: Caption, scene: Scene, rng: np.random.Generator) -> str | None:
+    """The caption with one thing turned round that makes it false, in the same words where they suffice; None where no twist surely would.
+
+    A number becomes another, a relation or a place its opposite, or two objects exchange their colours, materials or sizes.
+    """
+    def turned(word: Word) -> str:
+        opposite = OPPOSITE[word.text]
+        before, after = said.text[: word.start], said.text[word.end :]
+        if word.text == "front":
+            before, after = before.removesuffix("in "), after.removeprefix(" of")
+        elif word.text == "behind":
+            opposite = "in front of" if word.kind == "relation" else "in front"
+        return before + opposite + after
+
+    def exchanged(a: Word, b: Word) -> str:
+        return said.text[: a.start] + b.text + said.text[a.end : b.start] + a.text + said.text[b.end :]
+
+    numbers = [w for w in said.words if w.kind == "count"]
+    found = [said.text[: w.start] + other + said.text[w.end :] for w in numbers for other in COUNT.values() if other != w.text]
+    single = [w for w in said.words if w.kind in ("colour", "material", "size") and len(w.objects) == 1]
+    for word in said.words:
+        like = [[obj for obj in scene.objects if obj.shape == scene.objects[k].shape] for k in word.objects]
+        if word.kind == "relation":
+            if not any(a is not b and _beyond(b, a, word.text) for a in like[0] for b in like[1]):
+                found += [turned(word)] * 2
+        elif word.kind == "whereabouts":
+            middle = replace(scene.objects[0], x=0.0, y=MIDDLE)
+            if not any(_beyond(middle, obj, word.text) for obj in like[0]):
+                found += [turned(word)] * 2
+    for i, a in enumerate(single):
+        for b in single[i + 1 :]:
+            (one,), (other,) = a.objects, b.objects
+            if a.kind == b.kind and one != other and not any(
+                obj.shape == scene.objects[k].shape and getattr(obj, a.kind) == getattr(scene.objects[m], a.kind)
+                for k, m in ((one, other), (other, one)) for obj in scene.objects
+            ):
+                found.append(exchanged(a, b))
+    if not found:
+        return None
+    articles = {True: "an ", False: "a "}
+    return re.sub(r"\ban? (?=(\w))", lambda match: articles[match[1] in "aeiou"], found[int(rng.integers(len(found)))])
+
+
+def _beyond(a: Object, b: Object, word: str) -> bool:
+    """Whether a stands to this side of b at all, by however little."""
+    return {"left": a.x < b.x, "right": a.x > b.x, "front": a.y < b.y, "behind": a.y > b.y}[word]
+
+
+def _compose(scene: Scene, rng, detail: str, whereabouts: float) -> _Line:
     """One sentence, whatever its length."""
     line, count = _Line(), len(scene.objects)
     odds = {"terse": (0.10, 0.12), "medium": (0.30, 0.50), "full": (0.45, 0.90)}[detail]  # of saying style, surroundings
@@ -188,10 +254,14 @@ def _compose(scene: Scene, rng, detail: str) -> _Line:
         # A terse caption may leave objects out; the others name all there are.
         share = int(rng.integers(1, count + 1)) if detail == "terse" else count
         chosen = [int(k) for k in rng.permutation(count)[:share]]
+        located = whereabouts > 0 and rng.random() < whereabouts
         for i, k in enumerate(chosen):
             if i:
                 line.say("and" if i == len(chosen) - 1 else ",")
             _say_object(line, scene, k, rng, "medium" if detail == "full" and count > 2 else detail)
+            if located and (place := stands(scene.objects[k])):
+                for word in WHEREABOUTS[place]:
+                    line.say(word, "whereabouts" if word in CARRIERS else "", (k,) if word in CARRIERS else ())
 
     if rng.random() < odds[1]:
         _say_all(line, _places(scene.table)[_favour_first(rng, len(_places(scene.table)))])

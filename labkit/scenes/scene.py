@@ -130,11 +130,13 @@ def sample_scene(
     weights: Mapping[str, Mapping] | None = None,
     held_out: str = "exclude",
     styles: Sequence[str] = ("photo",),
+    alike: bool = False,
 ) -> Scene:
     """Draw a scene whose objects are in frame, do not touch, and hide less than half of each other.
 
     weights: relative frequencies by attribute, e.g. {"count": {1: 2, 4: 1}, "light": {"night": 0}}; what is not named
     weighs 1 (counts: COUNT_WEIGHTS). held_out: "exclude" for training, "only" for the generalisation test, or "any".
+    alike: all objects have one shape and one colour.
     """
     _known("held_out", held_out, HELD_OUT)
     if not counts or min(counts) < 1 or max(counts) > 4:
@@ -145,7 +147,8 @@ def sample_scene(
         objects = [_attributes(rng, weights)]
         while len(objects) < count:
             twin = objects[int(rng.integers(len(objects)))] if rng.random() < 0.35 else None
-            objects.append(_attributes(rng, weights, twin))
+            another = _attributes(rng, weights, twin)
+            objects.append(replace(another, shape=objects[0].shape, colour=objects[0].colour) if alike else another)
         if held_out == "only":
             objects = _plant_held_out(rng, objects)
         light = _draw(rng, "light", LIGHTS, weights)

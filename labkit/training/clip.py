@@ -2,6 +2,10 @@
 
     s_ij = exp(tau) <image_i, text_j>  (unit vectors);   L = 1/2 [ CE(rows of s) + CE(columns of s) ]     CLIP (Radford et al. 2021), fig. 3
 
+Each picture is also held against its own caption twisted into a false one (relations turned round, colours exchanged): contrast among different
+scenes is won by a bag of words, and an encoder trained on it alone has nearly one state for "left of" and "right of" (Yuksekgonul et al. 2023,
+"When and why vision-language models behave like bags-of-words, and what to do about it", whose NegCLIP this is).
+
 Captions of a small world repeat. Where two of a batch are the same text, either picture is a right answer; sharing the
 target between them would give the same loss, since equal texts have equal states, so it is not done. `right` counts both.
 """
@@ -12,7 +16,8 @@ from torch import Tensor, nn
 
 from labkit.models.clip import CLIPText
 from labkit.models.tower import ImageTower
-from labkit.training.data import Scene, captions, to_signed
+from labkit.scenes.captions import caption, twisted
+from labkit.training.data import Scene, to_signed
 from labkit.training.loop import Player, Recipe, Share
 
 
@@ -30,9 +35,13 @@ class Contrast(nn.Module):
         s = self.head.log_scale.clamp(max=4.6).exp() * image @ text.T  # (B, B)
         same = (batch["ids"][:, None] == batch["ids"][None]).all(-1).float()  # (B, B)
         target = torch.arange(len(s), device=s.device)
-        loss = (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
+        false = F.normalize(self.head(self.text(batch["false"]), batch["false_end"]).float(), dim=-1)  # (B, dim)
+        own = self.head.log_scale.clamp(max=4.6).exp() * (image * false).sum(-1)  # (B,)
+        own = own.masked_fill(~batch["twisted"], -torch.inf)
+        loss = (F.cross_entropy(torch.cat([s, own[:, None]], 1), target) + F.cross_entropy(s.T, target)) / 2
         right = same.gather(1, s.argmax(1, keepdim=True)).mean()
-        return {"loss": loss, "right": right}
+        told = (s.diagonal() > own)[batch["twisted"]].float().sum() / batch["twisted"].sum().clamp(min=1)
+        return {"loss": loss, "right": right, "told": told}
 
 
 class TextHead(nn.Module):
@@ -47,15 +56,21 @@ class TextHead(nn.Module):
         return self.proj(states[torch.arange(len(end), device=states.device), end])  # (B, dim)
 
 
-def recipe(text: CLIPText, tower: ImageTower, tokenizer, scenes: list[Scene], images: np.ndarray) -> Recipe:
-    """Pictures (N, 128, 128, 3) uint8 and their scenes; a batch is pictures with freshly worded captions."""
+def recipe(text: CLIPText, tower: ImageTower, tokenizer, scenes: list[Scene], images: np.ndarray, whereabouts: float = 0.0) -> Recipe:
+    """Pictures (N, 128, 128, 3) uint8 and their scenes; a batch is pictures with freshly worded captions, true and, where `twisted`, false ones."""
     contrast = Contrast(text, tower)
 
     def batch(step: int, share: Share) -> dict:
         g = share.generator(step)
         index = torch.randint(len(scenes), (share.batch_size,), generator=g)
-        words = captions([scenes[i] for i in index.tolist()], np.random.default_rng(int(torch.randint(2**31, (1,), generator=g))))
-        ids, index = share.mine(tokenizer(words)), share.mine(index)
-        return {"image": to_signed(images[index.cpu().numpy()]).to(share.device), "ids": ids, "end": (ids == tokenizer.eos_id).int().argmax(1)}
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=g)))
+        shown = [scenes[i] for i in index.tolist()]
+        said = [caption(scene, rng, whereabouts=whereabouts) for scene in shown]
+        lies = [twisted(one, scene, rng) for one, scene in zip(said, shown)]
+        ids, false = (share.mine(tokenizer(words)) for words in ([one.text for one in said], [lie or "" for lie in lies]))
+        end, false_end = ((x == tokenizer.eos_id).int().argmax(1) for x in (ids, false))
+        images_ = to_signed(images[share.mine(index).cpu().numpy()]).to(share.device)
+        told = share.mine(torch.tensor([lie is not None for lie in lies]))
+        return {"image": images_, "ids": ids, "end": end, "false": false, "false_end": false_end, "twisted": told}
 
     return Recipe([Player("clip", contrast, {"text_encoder": text, "image_tower": tower, "head": contrast.head})], batch)

@@ -27,11 +27,19 @@ TEST_SEED = 10_000_000  # seeds from here on are never trained on
 class World:
     """Which part of the tabletop world a model is trained on; held-out combinations are always left out."""
 
-    counts: tuple[int, ...] = (1, 1, 2)  # drawn from uniformly, so two thirds of the scenes have one object
+    counts: tuple[int, ...] = (1, 1, 2)  # each weighs what scene.COUNT_WEIGHTS says, twice what is named twice
     styles: tuple[str, ...] = ("photo",)
+    groups: float = 0.0  # share of the scenes that show two or more objects, every number as often, all of one shape and colour
 
     def scene(self, seed: int) -> Scene:
+        several = sorted({count for count in self.counts if count > 1})
+        if several and self.groups and np.random.default_rng([seed, 1]).random() < self.groups:
+            return scene_from_seed(seed, counts=several, styles=self.styles, alike=True, weights={"count": dict.fromkeys(several, 1.0)})
         return scene_from_seed(seed, counts=self.counts, styles=self.styles)
+
+    @property
+    def name(self) -> str:
+        return "-".join([*map(str, self.counts), *self.styles, *([f"groups{self.groups:g}"] if self.groups else [])])
 
 
 SHOWN = World(counts=(1, 1, 2, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # what the shipped model and the reader were last trained on
@@ -46,10 +54,9 @@ def renders(world: World, first: int, count: int, folder: Path, workers: int = 2
     """Pictures of `scenes(world, first, count)`: (count, 128, 128, 3) uint8, rendered if not in the folder yet."""
     if count <= 0:
         raise LabkitError(f"a dataset of {count} scenes cannot be trained on; ask for at least 1")
-    name = "-".join([*map(str, world.counts), *world.styles])
     shards = []
     for start in tqdm(range(first, first + count, SHARD), desc="renders", leave=False):
-        path = Path(folder) / f"renders-{name}-{start:08d}.npy"
+        path = Path(folder) / f"renders-{world.name}-{start:08d}.npy"
         if not path.exists():
             write_array(render_many(scenes(world, start, SHARD), workers=workers), path)
         shards.append(np.load(path))
@@ -67,9 +74,9 @@ def to_signed(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def captions(batch: list[Scene], rng: np.random.Generator) -> list[str]:
-    """One caption a scene, detail drawn at random."""
-    return [caption(scene, rng).text for scene in batch]
+def captions(batch: list[Scene], rng: np.random.Generator, whereabouts: float = 0.0) -> list[str]:
+    """One caption a scene, detail drawn at random; `whereabouts` as in `labkit.scenes.captions.caption`."""
+    return [caption(scene, rng, whereabouts=whereabouts).text for scene in batch]
 
 
 def contact_sheet(images: Tensor, columns: int):

@@ -1,12 +1,14 @@
 """Training of the U-Net on latents, and of the text encoder with it: guess the noise.
 
     L = E_{x0, t, eps} w_t || eps - eps_theta(q_sample(x0, t, eps), t, tau_theta(y)) ||^2     DDPM (Ho et al. 2020), eq. 14; LDM, eq. 3
-    w_t = min(SNR_t, gamma) / SNR_t                                                          Hang et al. 2023, "Min-SNR Weighting", section 3.4
+    w_t = min(max(SNR_t, floor), gamma) / SNR_t            gamma: Hang et al. 2023, "Min-SNR Weighting", section 3.4
+                                                           floor: Salimans & Ho 2022, "Progressive Distillation", section 4, truncated SNR
 
 x0 is a sample of the encoder's Gaussian times the scale factor, t is uniform, y a fresh caption; one caption in ten is replaced
 by the empty one, so that the same network also learns p(x) and can be guided (Ho & Salimans 2022). The text encoder tau starts
 from contrastive training and learns on, as in LDM; Stable Diffusion freezes CLIP's, which had seen 400 million captions.
-At nearly clean timesteps eps is guessed almost from x_t alone and badly at that: w_t keeps them from ruling the gradient.
+At nearly clean timesteps eps is guessed almost from x_t alone and badly at that: gamma keeps them from ruling the gradient. At
+noisy timesteps x_t is nearly eps itself, so that the error of eps is small however wrong the guess of x0: floor lets them count.
 Latents do not depend on what is learnt here, so they are computed once.
 """
 from hashlib import sha256
@@ -45,11 +47,11 @@ class NoisePrediction(nn.Module):
     A network that predicts v or x0 is asked for the noise that follows from it. `text` None: batches bring the condition c in place of token ids.
     """
 
-    def __init__(self, unet: UNet, text: CLIPText | None, schedule: Schedule, gamma: float) -> None:
+    def __init__(self, unet: UNet, text: CLIPText | None, schedule: Schedule, gamma: float, floor: float = 0.0) -> None:
         super().__init__()
         self.unet, self.text, self.schedule = unet, text, schedule
         self.denoise = eps_prediction(lambda x_t, t, c: self.unet(x_t, t, c), schedule)
-        self.register_buffer("weight", min_snr(schedule, gamma).float(), persistent=False)  # (T,); goes to the device with the network
+        self.register_buffer("weight", min_snr(schedule, gamma, floor).float(), persistent=False)  # (T,); goes to the device with the network
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         t, eps = batch["t"], batch["eps"]
@@ -61,11 +63,14 @@ class NoisePrediction(nn.Module):
         return {"loss": loss, "clean": (error * (1 - late)).sum() / (1 - late).sum().clamp(min=1), "noisy": (error * late).sum() / late.sum().clamp(min=1)}
 
 
-def min_snr(schedule: Schedule, gamma: float = 5.0) -> Tensor:
-    """Weights of the squared error of eps, (T,): min(SNR, gamma) / SNR, so that as an error of x0 it weighs min(SNR, gamma). gamma = inf: all 1."""
-    if not gamma > 0:
-        raise LabkitError(f"gamma is {gamma}; give a positive SNR such as 5, or float('inf') for equal weights")
-    return schedule.snr.clamp(max=gamma) / schedule.snr
+def min_snr(schedule: Schedule, gamma: float = 5.0, floor: float = 0.0) -> Tensor:
+    """Weights of the squared error of eps, (T,): the SNR held between floor and gamma, over the SNR; as an error of x0 it weighs what is in the numerator.
+
+    floor = 0: min-SNR. floor = 0, gamma = inf: all 1. floor = 1, gamma = inf: the truncated SNR.
+    """
+    if not 0 <= floor <= gamma or not gamma > 0:
+        raise LabkitError(f"gamma is {gamma} and floor {floor}; give SNRs with 0 <= floor <= gamma such as 0 and 5, gamma may be float('inf')")
+    return schedule.snr.clamp(floor, gamma) / schedule.snr
 
 
 def explicit_attention(objective: nn.Module):
@@ -143,14 +148,14 @@ def draw(latents: dict[str, Tensor], count: int, T: int, step: int, share: Share
 
 
 def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
-           gamma: float = 5.0) -> Recipe:
-    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch."""
+           gamma: float = 5.0, floor: float = 0.0, whereabouts: float = 0.0) -> Recipe:
+    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch, `whereabouts` as in `captions`."""
     schedule, scale = Schedule(config), float(latents["scale"])
     text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
         drawn, everyone, dropped = draw(latents, len(scenes), config.num_train_timesteps, step, share)
-        spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]))
+        spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]), whereabouts)
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
         return {**drawn, "ids": tokenizer(words).to(share.device)}
 
@@ -164,4 +169,4 @@ def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, T
             z = step.x
         return contact_sheet(vae.to(device).decode(z / scale).cpu(), columns=n)
 
-    return Recipe([Player("diffusion", NoisePrediction(unet, text, schedule, gamma), {"unet": unet, "text_encoder": text})], batch, sheet)
+    return Recipe([Player("diffusion", NoisePrediction(unet, text, schedule, gamma, floor), {"unet": unet, "text_encoder": text})], batch, sheet)

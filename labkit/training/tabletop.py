@@ -40,36 +40,44 @@ class Preset:
 
     world: World = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))
     pictures: int = 40_000
-    clip: LoopConfig = LoopConfig(steps=2400, batch_size=64, lr=1e-3, warmup=100)
-    vae: LoopConfig = LoopConfig(steps=14_000, batch_size=4, lr=1e-3, cooldown=0.35, ema_decay=0.998, mixed_precision="bf16")
+    clip: LoopConfig | None = LoopConfig(steps=2400, batch_size=64, lr=1e-3, warmup=100)
+    # None: the autoencoder of `start` stays, and its latents
+    vae: LoopConfig | None = LoopConfig(steps=14_000, batch_size=4, lr=1e-3, cooldown=0.35, ema_decay=0.998, mixed_precision="bf16")
     vae_loss: VAELoss = VAELoss(adversarial_from=11_500)
     diffusion: LoopConfig = LoopConfig(steps=9000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
     decoder: LoopConfig | None = None  # the decoder alone, trained on while the latents stay what they are; None: it stays as the vae stage leaves it
     unet_config: UNetConfig = TABLETOP_UNET
     vae_config: VAEConfig = TABLETOP_VAE
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
-    gamma: float = 5.0  # of the min-SNR weights
+    gamma: float = 5.0  # the SNR's bounds in the loss's weights (training/diffusion.py)
+    floor: float = 0.0
+    whereabouts: float = 0.0  # the chance that a list of objects says where they stand (scenes/captions.py)
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
     name: str = "tabletop"
     start: str | None = None  # a model folder whose weights are trained on; None: from nothing
 
+    def __post_init__(self) -> None:
+        if self.start is None and None in (self.clip, self.vae):
+            raise LabkitError("a preset that does not train a text encoder and an autoencoder needs a model to take them from: give start, or clip and vae")
+
     @property
     def stages(self) -> tuple[str, ...]:
-        """What is trained. Of a model that is there already the image tower's contrast has done its work."""
-        idle = {"clip": self.start is not None, "decoder": self.decoder is None}
-        return tuple(stage for stage in STAGES if not idle.get(stage))
+        """What is trained."""
+        return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
 
 
 PRESETS = {
     "tabletop": Preset(),
-    # the shipped model, trained on: no crops, no discriminator, which a decoder that reconstructs already would only lose decibels to
+    # the shipped model, trained on: its autoencoder's latents stay what they are, so that what was measured of them holds
     "further": Preset(
-        world=SHOWN,
+        world=replace(SHOWN, groups=0.35),
         pictures=30_000,
-        vae=LoopConfig(steps=3700, batch_size=4, lr=6e-4, cooldown=0.6, ema_decay=0.997),
-        vae_loss=VAELoss(perceptual=1.0, perceptual_from=0, adversarial=0.0, full_from=0),
-        diffusion=LoopConfig(steps=3900, batch_size=32, lr=6e-4, cooldown=0.5),
-        decoder=LoopConfig(steps=1200, batch_size=4, lr=4e-4, warmup=100, cooldown=0.8, ema_decay=0.995),
+        clip=LoopConfig(steps=1200, batch_size=64, lr=5e-4, warmup=100, cooldown=0.4),
+        vae=None,
+        vae_loss=VAELoss(perceptual=1.0, adversarial=0.0),
+        diffusion=LoopConfig(steps=6000, batch_size=32, lr=6e-4, cooldown=0.4),
+        floor=0.3,
+        whereabouts=0.6,
         start="tabletop",
     ),
     # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
@@ -106,10 +114,9 @@ def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str
     if stage == "verifier":
         verifier.main(folder, folder / "judge", device=device)
         return
-    if stage == "clip" and preset.start is not None:
-        raise LabkitError(f"the preset trains {preset.start} on, whose image tower is trained already; train {', '.join(preset.stages)} or all")
-    if stage == "decoder" and preset.decoder is None:
-        raise LabkitError(f"the preset does not train the decoder apart; train {', '.join(preset.stages)} or all")
+    idle = {"clip": "text encoder by contrast", "vae": "autoencoder", "decoder": "decoder apart"}
+    if stage in idle and stage not in preset.stages:
+        raise LabkitError(f"the preset does not train the {idle[stage]}; train {', '.join(preset.stages)} or all")
     for name in preset.stages if stage == "all" else (stage,):
         {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion, "decoder": train_decoder}[name](folder, preset, device)
     if stage == "all":
@@ -119,7 +126,11 @@ def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str
 def train_clip(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.clip.seed)
     tokenizer = build_tokenizer()
-    recipe = clip.recipe(text_encoder(tokenizer), ImageTower(), tokenizer, scenes(preset.world, 0, preset.pictures), pictures(folder, preset))
+    text, tower = text_encoder(tokenizer), ImageTower()
+    if preset.start is not None:
+        text = deepcopy(load_pipeline(preset.start).text_encoder).train().requires_grad_(True)
+        tower = image_tower(folder, preset).train().requires_grad_(True)
+    recipe = clip.recipe(text, tower, tokenizer, scenes(preset.world, 0, preset.pictures), pictures(folder, preset), preset.whereabouts)
     run(recipe, preset.clip, folder / "clip", device)
 
 
@@ -132,14 +143,17 @@ def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
 
 def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.diffusion.seed)
-    tokenizer, autoencoder = build_tokenizer(), take(folder / "vae", vae=VAE(preset.vae_config))[0]
+    tokenizer, vae = build_tokenizer(), autoencoder(folder, preset)
     if preset.start is None:
-        text, unet = take(folder / "clip", text_encoder=text_encoder(tokenizer))[0], diffusion.start_quiet(UNet(preset.unet_config))
+        unet = diffusion.start_quiet(UNet(preset.unet_config))
     else:
-        parts = load_pipeline(preset.start)
-        text, unet = deepcopy(parts.text_encoder), deepcopy(parts.unet).train().requires_grad_(True)
-    latents = diffusion.latents(autoencoder, pictures(folder, preset), folder / "latents.safetensors", device)
-    recipe = diffusion.recipe(unet, text, tokenizer, autoencoder, latents, scenes(preset.world, 0, preset.pictures), preset.schedule, preset.gamma)
+        unet = deepcopy(load_pipeline(preset.start).unet).train().requires_grad_(True)
+    text = deepcopy(load_pipeline(preset.start).text_encoder) if preset.clip is None else take(folder / "clip", text_encoder=text_encoder(tokenizer))[0]
+    scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
+    latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
+    shown = scenes(preset.world, 0, preset.pictures)
+    weighting = (preset.gamma, preset.floor)
+    recipe = diffusion.recipe(unet, text, tokenizer, vae, latents, shown, preset.schedule, *weighting, preset.whereabouts)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
     with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
@@ -149,14 +163,22 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
 def train_decoder(folder: Path, preset: Preset, device: str | None) -> None:
     """Only what follows the latents, which the U-Net knows as they are. Stable Diffusion's second autoencoder came about so (ft-MSE, Stability AI 2022)."""
     torch.manual_seed(preset.decoder.seed)
-    vae = take(folder / "vae", vae=VAE(preset.vae_config))[0].train()
+    vae = autoencoder(folder, preset).train()
     for part in (vae.post_quant_conv, vae.decoder):
         part.requires_grad_(True)
     loss = replace(preset.vae_loss, perceptual_from=0, adversarial=0.0, full_from=0)
     run(autoencoding.recipe(vae, image_tower(folder, preset), pictures(folder, preset), loss), preset.decoder, folder / "decoder", device)
 
 
+def autoencoder(folder: Path, preset: Preset) -> VAE:
+    """The one whose latents the U-Net learns."""
+    if preset.vae is None:
+        return deepcopy(load_pipeline(preset.start).vae).eval().requires_grad_(False)
+    return take(folder / "vae", vae=VAE(preset.vae_config))[0]
+
+
 def image_tower(folder: Path, preset: Preset) -> ImageTower:
+    """The one that losses and distances are taken by: of a model that is trained on, its own, so that they can be compared."""
     if preset.start is None:
         return take(folder / "clip", image_tower=ImageTower())[0]
     return load_tower(resolve(preset.start) / "image_tower" / "model.safetensors")
@@ -193,7 +215,8 @@ def export(folder: str | Path, preset: Preset, target: str | Path) -> None:
     tokenizer = build_tokenizer()
     tower = image_tower(folder, preset)
     scale = diffusion.saved_scale(folder / "latents.safetensors")
-    vae = take(folder / ("vae" if preset.decoder is None else "decoder"), vae=VAE(replace(preset.vae_config, scaling_factor=scale)))[0]
+    vae = autoencoder(folder, preset) if preset.decoder is None else take(folder / "decoder", vae=VAE(preset.vae_config))[0]
+    vae.config = replace(vae.config, scaling_factor=scale)
     unet, text = take(folder / "diffusion", unet=UNet(preset.unet_config), text_encoder=text_encoder(tokenizer))
     defaults = {"steps": 20, "guidance": preset.guidance, "sampler": "ddim"}
     metadata = {"name": preset.name, "defaults": defaults, "vocabulary": list(vocabulary()), "training": asdict(preset.world) | {"pictures": preset.pictures}}
