@@ -467,6 +467,8 @@ def test_one_caption_in_ten_is_dropped_and_latents_are_sampled():
     x0, eps = (torch.cat([batch[name] for batch in batches]) for name in ("x0", "eps"))
     torch.testing.assert_close(x0.var(), latents["mean"].var() + 0.25, rtol=0.05, atol=0)  # a sample's, not the mean's
     assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
+    layout = diffusion.draw(latents, 40, 1000, 3, replace(share, batch_size=4000), often=(600, 950, 0.6))[0]["t"]
+    assert abs(((layout >= 600) & (layout < 950)).float().mean() - (0.6 + 0.4 * 0.35)) < 0.03 and layout.min() < 30 and layout.max() > 990
     again = recipe.batch(3, share)
     assert all(torch.equal(again[name], batches[3][name]) for name in again), "a step draws the same whenever it is taken"
 

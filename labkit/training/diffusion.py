@@ -9,6 +9,7 @@ by the empty one, so that the same network also learns p(x) and can be guided (H
 from contrastive training and learns on, as in LDM; Stable Diffusion freezes CLIP's, which had seen 400 million captions.
 At nearly clean timesteps eps is guessed almost from x_t alone and badly at that: gamma keeps them from ruling the gradient. At
 noisy timesteps x_t is nearly eps itself, so that the error of eps is small however wrong the guess of x0: floor lets them count.
+Layout is decided there, so a part of the batch may be drawn from there (`often`; Esser et al. 2024, section 3.1, had the idea of choosing where to look).
 Latents do not depend on what is learnt here, so they are computed once.
 """
 from hashlib import sha256
@@ -135,12 +136,19 @@ def saved_scale(path: Path) -> float:
         return float(file.get_tensor("scale"))
 
 
-def draw(latents: dict[str, Tensor], count: int, T: int, step: int, share: Share) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
-    """A step's share of x0, t and eps; which of `count` pictures all processes together see, (B,); whose words of the share are to be dropped."""
+def draw(latents: dict[str, Tensor], count: int, T: int, step: int, share: Share, often: tuple[int, int, float] | None = None
+         ) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
+    """A step's share of x0, t and eps; which of `count` pictures all processes together see, (B,); whose words of the share are to be dropped.
+
+    t is uniform on 0 .. T - 1, but for a share of the pictures on first .. last - 1 where `often` = (first, last, share) says so.
+    """
     g, n = share.generator(step), share.batch_size
     everyone = torch.randint(count, (n,), generator=g)
     index = share.mine(everyone).cpu()
-    t = share.mine(torch.randint(T, (n,), generator=g))
+    t = torch.randint(T, (n,), generator=g)
+    if often:
+        t = torch.where(torch.rand(n, generator=g) < often[2], torch.randint(often[0], often[1], (n,), generator=g), t)
+    t = share.mine(t)
     posterior, eps = (share.mine(torch.randn(n, *latents["mean"].shape[1:], generator=g)) for _ in range(2))
     dropped = share.mine(torch.rand(n, generator=g) < DROPOUT).tolist()
     x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
@@ -148,13 +156,13 @@ def draw(latents: dict[str, Tensor], count: int, T: int, step: int, share: Share
 
 
 def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
-           gamma: float = 5.0, floor: float = 0.0, whereabouts: float = 0.0) -> Recipe:
-    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch, `whereabouts` as in `captions`."""
+           gamma: float = 5.0, floor: float = 0.0, whereabouts: float = 0.0, often: tuple[int, int, float] | None = None) -> Recipe:
+    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch, `whereabouts` as in `captions`, `often` as in `draw`."""
     schedule, scale = Schedule(config), float(latents["scale"])
     text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
-        drawn, everyone, dropped = draw(latents, len(scenes), config.num_train_timesteps, step, share)
+        drawn, everyone, dropped = draw(latents, len(scenes), config.num_train_timesteps, step, share, often)
         spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]), whereabouts)
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
         return {**drawn, "ids": tokenizer(words).to(share.device)}

@@ -2,12 +2,13 @@
 
 Every picture has a seed of its own that follows from its prompt's number in the list: a smaller plan draws some of the pictures of a larger one, and no
 two start from the same noise. Pictures are drawn some twenty at a time; each such sheet appears under its name only when complete, and what is there is
-not drawn again.
+not drawn again. So several processes may draw for the same folder at once.
 """
 
 import hashlib
 import json
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,20 +69,23 @@ def jobs(prompts: Sequence[Prompt], plan: Plan) -> dict[str, list[Job]]:
 
 
 def draw(lab, wanted: dict[str, list[Job]], folder: Path, recipe: dict, quiet: bool = True) -> dict[str, list[tuple[Job, np.ndarray]]]:
-    """The jobs with their pictures, (128, 128, 3) uint8; drawn where they are not in the folder yet."""
+    """The jobs with their pictures, (128, 128, 3) uint8; drawn where they are not in the folder yet, in any order."""
     from PIL import Image
     from tqdm.auto import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [(category, start) for category, row in wanted.items() for start in range(0, len(row), BATCH)]
-    found: dict[str, list] = {category: [] for category in wanted}
-    for category, start in tqdm(parts, desc=f"w = {recipe['guidance']:g}", unit=" sheets", disable=quiet):
-        part, path = wanted[category][start : start + BATCH], folder / "pictures" / f"{category.replace(' ', '-')}-{start:04d}.png"
+    sheet = {(category, start): (row[start : start + BATCH], folder / "pictures" / f"{category.replace(' ', '-')}-{start:04d}.png")
+             for category, row in wanted.items() for start in range(0, len(row), BATCH)}
+    order = list(sheet)
+    random.shuffle(order)  # in every process another order, so that two seldom draw the same
+    for part, path in tqdm([sheet[key] for key in order], desc=f"w = {recipe['guidance']:g}", unit=" sheets", disable=quiet):
         if not path.exists():
             texts, negatives, seeds = [j.text for j in part], [j.negative for j in part], [j.seed for j in part]
             images = lab.generate(texts, negative_prompt=negatives, seed=seeds, progress=False, **recipe).images
             strip = np.concatenate([np.asarray(image.resize((SIDE, SIDE)).convert("RGB")) for image in images])
             keep(path, sheets.png(Image.fromarray(strip)))
+    found: dict[str, list] = {category: [] for category in wanted}
+    for (category, _), (part, path) in sheet.items():
         with Image.open(path) as image:
             pictures = np.asarray(image.convert("RGB")).reshape(-1, SIDE, SIDE, 3)
         if len(pictures) != len(part):

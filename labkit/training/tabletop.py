@@ -51,6 +51,7 @@ class Preset:
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
     gamma: float = 5.0  # the SNR's bounds in the loss's weights (training/diffusion.py)
     floor: float = 0.0
+    often: tuple[int, int, float] | None = None  # timesteps that a share of the batch is drawn from: (first, last, share)
     whereabouts: float = 0.0  # the chance that a list of objects says where they stand (scenes/captions.py)
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
     name: str = "tabletop"
@@ -76,7 +77,8 @@ PRESETS = {
         vae=None,
         vae_loss=VAELoss(perceptual=1.0, adversarial=0.0),
         diffusion=LoopConfig(steps=6000, batch_size=32, lr=6e-4, cooldown=0.4),
-        floor=0.3,
+        floor=1.0,
+        often=(600, 950, 0.6),
         whereabouts=0.6,
         start="tabletop",
     ),
@@ -152,8 +154,8 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
     latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
     shown = scenes(preset.world, 0, preset.pictures)
-    weighting = (preset.gamma, preset.floor)
-    recipe = diffusion.recipe(unet, text, tokenizer, vae, latents, shown, preset.schedule, *weighting, preset.whereabouts)
+    asked = {name: getattr(preset, name) for name in ("gamma", "floor", "whereabouts", "often")}
+    recipe = diffusion.recipe(unet, text, tokenizer, vae, latents, shown, preset.schedule, **asked)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
     with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
