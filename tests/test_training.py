@@ -24,7 +24,7 @@ from labkit.models.unet import UNet
 from labkit.models.vae import VAE, DiagonalGaussian
 from labkit.schedule import Schedule, ScheduleConfig, q_sample
 from labkit.tap import taps
-from labkit.training import clip, data, diffusion, loop, tabletop, vae
+from labkit.training import clip, data, diffusion, layout, loop, tabletop, vae
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
 
 CONFIG = LoopConfig(steps=10, batch_size=4, lr=1e-2, warmup=3, save_every=4, ema_decay=0.9)
@@ -223,7 +223,7 @@ def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(LabkitError, match="'fp8': use 'no' or 'bf16'"):
         train(tiny(), tmp_path / "new", mixed_precision="fp8")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, diffusion, decoder, verifier or all"):
+    with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, layout, diffusion, decoder, verifier or all"):
         tabletop.train("unet", tmp_path / "new")
     with pytest.raises(LabkitError, match="train that stage first"):
         tabletop.take(tmp_path / "clip", image_tower=nn.Linear(1, 1))
@@ -506,6 +506,26 @@ def test_the_loss_is_weighted_and_the_text_encoder_learns():
     assert set(recipe.players[0].trains) == {"unet", "text_encoder"}
 
 
+def test_layout_is_learnt_from_places_one_object_first():
+    shown = data.scenes(data.World(counts=(1, 2, 3)), 0, 80)
+    latents = {"mean": torch.arange(80.0).view(80, 1, 1, 1).expand(80, 4, 2, 2), "std": torch.zeros(80, 4, 2, 2), "scale": torch.tensor(1.0)}
+    tokenizer = tabletop.build_tokenizer()
+    recipe = layout.recipe(nn.Identity(), Ids(), tokenizer, latents, shown, ScheduleConfig(), steps=10)
+    share, places = replace(CPU, batch_size=256), tokenizer(["left right front behind"])[0, 1:5]
+    alone = []
+    for step in (0, 9):
+        batch = recipe.batch(step, share)
+        said = [shown[int(x.mean())] for x in batch["x0"]]
+        alone.append(sum(len(scene.objects) == 1 for scene in said) / 256)
+        assert {len(scene.objects) for scene in said} == {1, 2} and batch["t"].min() >= 500
+        where = (batch["ids"][..., None] == places).any(-1).any(-1)
+        dropped = (batch["ids"] == tokenizer([""])).all(1)
+        assert where[~dropped].float().mean() > 0.9
+        half = recipe.batch(step, replace(share, rank=1, world=2))
+        assert all(torch.equal(half[name], batch[name][1::2]) for name in batch)
+    assert abs(alone[0] - layout.SINGLES[0]) < 0.08 and abs(alone[1] - layout.SINGLES[1]) < 0.1
+
+
 def test_processes_share_one_batch_of_pictures_and_captions():
     recipe, _ = diffusion_recipe()
     whole = recipe.batch(5, replace(CPU, batch_size=6))
@@ -666,7 +686,7 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     assert theirs.config.scaling_factor == parts.vae.config.scaling_factor, "the scale that the U-Net knows"
     moved = {name for name, value in theirs.state_dict().items() if not torch.equal(value, plain[name])}
     assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved), moved
-    words = replace(on, vae=None, clip=short, diffusion=replace(short, lr=0.0))
+    words = replace(on, vae=None, clip=short, layout=replace(short, lr=0.0), diffusion=replace(short, lr=0.0))
     tabletop.train("all", tmp_path / "words", words, "cpu")
     spoken = load_pipeline(tmp_path / "words" / "model")
     assert any(not torch.equal(a, b) for a, b in zip(spoken.text_encoder.parameters(), parts.text_encoder.parameters()))

@@ -136,14 +136,15 @@ def saved_scale(path: Path) -> float:
         return float(file.get_tensor("scale"))
 
 
-def draw(latents: dict[str, Tensor], count: int, T: int, step: int, share: Share, often: tuple[int, int, float] | None = None
+def draw(latents: dict[str, Tensor], among: int | Tensor, T: int, step: int, share: Share, often: tuple[int, int, float] | None = None
          ) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
-    """A step's share of x0, t and eps; which of `count` pictures all processes together see, (B,); whose words of the share are to be dropped.
+    """A step's share of x0, t and eps; which pictures all processes together see, (B,); whose words of the share are to be dropped.
 
+    `among`: so many pictures, all alike, or a weight for each, (N,).
     t is uniform on 0 .. T - 1, but for a share of the pictures on first .. last - 1 where `often` = (first, last, share) says so.
     """
     g, n = share.generator(step), share.batch_size
-    everyone = torch.randint(count, (n,), generator=g)
+    everyone = torch.randint(among, (n,), generator=g) if isinstance(among, int) else torch.multinomial(among, n, replacement=True, generator=g)
     index = share.mine(everyone).cpu()
     t = torch.randint(T, (n,), generator=g)
     if often:
