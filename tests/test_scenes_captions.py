@@ -108,9 +108,9 @@ def drawn(detail: str | None = None, whereabouts: float = 0.0):
     return ((scene, caption(scene, rng, detail, whereabouts)) for scene in scenes())
 
 
-@pytest.mark.parametrize("whereabouts", [0.0, 0.6])
-def test_captions_are_true(whereabouts):
-    for scene, said in drawn(whereabouts=whereabouts):
+@pytest.mark.parametrize("detail, whereabouts", [(None, 0.0), (None, 0.6), ("bare", 0.3)])
+def test_captions_are_true(detail, whereabouts):
+    for scene, said in drawn(detail, whereabouts):
         assert is_true(said.text, scene), (said.text, scene)
         assert is_true(describe(scene).text, scene), (describe(scene).text, scene)
 
@@ -213,6 +213,9 @@ def test_length_and_vocabulary():
 def test_detail_and_commonest_form():
     lengths = {detail: np.mean([len(said.text.split()) for _, said in drawn(detail)]) for detail in ("terse", "medium", "full")}
     assert lengths["terse"] < lengths["medium"] - 2 < lengths["full"] - 4
+    for _, said in drawn("bare"):
+        kinds = {word.kind for word in said.words}
+        assert "count" in kinds or not kinds & {"colour", "size", "material"}, said.text
     rng = np.random.default_rng(0)
     said = [caption(scene_from_seed(seed, counts=(1,)), rng).text for seed in range(400)]
     assert sum(bool(re.fullmatch(r"an? [a-z]+ [a-z]+", text)) for text in said) > 100, "'a red sphere' must be common"
@@ -233,7 +236,7 @@ def test_relations_need_a_margin():
 
 def test_bad_input_is_explained():
     scene = scene_from_seed(0)
-    with pytest.raises(LabkitError, match="terse, medium, full"):
+    with pytest.raises(LabkitError, match="bare, terse, medium, full"):
         caption(scene, np.random.default_rng(0), "long")
     with pytest.raises(LabkitError, match="add an object"):
         caption(Scene(()), np.random.default_rng(0))

@@ -21,7 +21,7 @@ from labkit.errors import LabkitError
 from labkit.scenes.scene import COLOURS, LIGHTS, MATERIALS, SHAPES, SIZES, STYLES, TABLES, Object, Scene
 
 MAX_WORDS = 28
-DETAILS = ("terse", "medium", "full")
+DETAILS = ("bare", "terse", "medium", "full")
 KINDS = ("shape", "colour", "size", "material", "count", "relation", "whereabouts", "table", "light", "style")
 
 # The first of each is the plain word: `describe` uses it, and `caption` as often as all the others together.
@@ -112,8 +112,9 @@ class _Line:
 
 
 def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, whereabouts: float = 0.0) -> Caption:
-    """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything.
+    """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything; None draws one of "terse", "medium", "full".
 
+    "bare" names things by their shapes alone, but for groups that are told apart by more.
     `whereabouts` is the chance that a list of objects also says where they stand: "a red sphere on the left and a cube behind".
     """
     if detail is not None and detail not in DETAILS:
@@ -234,7 +235,7 @@ def _beyond(a: Object, b: Object, word: str) -> bool:
 def _compose(scene: Scene, rng, detail: str, whereabouts: float) -> _Line:
     """One sentence, whatever its length."""
     line, count = _Line(), len(scene.objects)
-    odds = {"terse": (0.10, 0.12), "medium": (0.30, 0.50), "full": (0.45, 0.90)}[detail]  # of saying style, surroundings
+    odds = {"bare": (0.05, 0.12), "terse": (0.10, 0.12), "medium": (0.30, 0.50), "full": (0.45, 0.90)}[detail]  # of saying style, surroundings
     if rng.random() < (max(odds[0], 0.85) if scene.style == "sketch" else odds[0]):
         _say_all(line, _pick(rng, STYLE[scene.style]))
 
@@ -251,8 +252,8 @@ def _compose(scene: Scene, rng, detail: str, whereabouts: float) -> _Line:
             line.say(word, "relation" if word in CARRIERS else "", (first, second) if word in CARRIERS else ())
         _say_object(line, scene, second, rng, detail)
     else:
-        # A terse caption may leave objects out; the others name all there are.
-        share = int(rng.integers(1, count + 1)) if detail == "terse" else count
+        # A terse or bare caption may leave objects out; the others name all there are.
+        share = int(rng.integers(1, count + 1)) if detail in ("bare", "terse") else count
         chosen = [int(k) for k in rng.permutation(count)[:share]]
         located = whereabouts > 0 and rng.random() < whereabouts
         for i, k in enumerate(chosen):
@@ -298,7 +299,7 @@ def _pick(rng, forms: tuple):
 
 def _attributes(rng, detail: str) -> tuple[str, ...]:
     """Which attributes to name, in the order of speech."""
-    chance = {"terse": (0.08, 0.06, 0.90), "medium": (0.45, 0.35, 0.92), "full": (0.92, 0.85, 0.97)}[detail]
+    chance = {"bare": (0.0, 0.0, 0.0), "terse": (0.08, 0.06, 0.90), "medium": (0.45, 0.35, 0.92), "full": (0.92, 0.85, 0.97)}[detail]
     return tuple(name for name, p in zip(("size", "material", "colour"), chance) if rng.random() < p)
 
 
@@ -342,7 +343,7 @@ def _say_groups(line: _Line, scene: Scene, rng, detail: str, names: tuple[str, .
     _say_thing(line, scene.objects[group[0]], names, group, rng, plural=True)
     # "two spheres and a sphere" would sound like three alike, so the rest is named only where its shape is another.
     rest = [k for k in range(len(scene.objects)) if k not in group]
-    if rest and (detail != "terse" or rng.random() < 0.3):
+    if rest and (detail not in ("bare", "terse") or rng.random() < 0.3):
         if all(scene.objects[k].shape != scene.objects[group[0]].shape for k in rest):
             for i, k in enumerate(rest):
                 line.say("and" if i == len(rest) - 1 else ",")

@@ -157,14 +157,14 @@ def draw(latents: dict[str, Tensor], among: int | Tensor, T: int, step: int, sha
 
 
 def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
-           gamma: float = 5.0, floor: float = 0.0, whereabouts: float = 0.0, often: tuple[int, int, float] | None = None) -> Recipe:
-    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch, `whereabouts` as in `captions`, `often` as in `draw`."""
+           gamma: float = 5.0, floor: float = 0.0, whereabouts: float = 0.0, bare: float = 0.0, often: tuple[int, int, float] | None = None) -> Recipe:
+    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch, `whereabouts` and `bare` as in `captions`, `often` as in `draw`."""
     schedule, scale = Schedule(config), float(latents["scale"])
     text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
         drawn, everyone, dropped = draw(latents, len(scenes), config.num_train_timesteps, step, share, often)
-        spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]), whereabouts)
+        spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]), whereabouts, bare)
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
         return {**drawn, "ids": tokenizer(words).to(share.device)}
 

@@ -54,6 +54,7 @@ class Preset:
     floor: float = 0.0
     often: tuple[int, int, float] | None = None  # timesteps that a share of the batch is drawn from: (first, last, share)
     whereabouts: float = 0.0  # the chance that a list of objects says where they stand (scenes/captions.py)
+    bare: float = 0.0  # the chance that a caption names nothing but shapes
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
     name: str = "tabletop"
     start: str | None = None  # a model folder whose weights are trained on; None: from nothing
@@ -79,8 +80,9 @@ PRESETS = {
         layout=LoopConfig(steps=650, batch_size=64, lr=6e-4, warmup=30, cooldown=0.15, ema_decay=0.99),
         diffusion=LoopConfig(steps=5000, batch_size=32, lr=6e-4, cooldown=0.4),
         floor=1.0,
-        often=(600, 950, 0.5),
-        whereabouts=0.6,
+        often=(500, 950, 0.35),
+        whereabouts=0.4,
+        bare=0.15,
         start="tabletop",
     ),
     # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
@@ -157,7 +159,7 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     if preset.layout is not None:
         placed = take(folder / "layout", unet=deepcopy(unet), text_encoder=deepcopy(text))
         unet, text = (network.train().requires_grad_(True) for network in placed)
-    asked = {name: getattr(preset, name) for name in ("gamma", "floor", "whereabouts", "often")}
+    asked = {name: getattr(preset, name) for name in ("gamma", "floor", "whereabouts", "bare", "often")}
     recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, **asked)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
