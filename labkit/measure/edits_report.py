@@ -19,7 +19,7 @@ from labkit.measure.edit_cases import KINDS
 from labkit.measure.edits import FORCED, NO_EDITING, PROTOCOLS, Plan, Setting, measure
 from labkit.scenes.verify import share
 
-GRID = tuple(Setting(cross, self_) for self_ in (0.0, 0.2, 0.5) for cross in (0.0, 0.4, 0.8, 1.0))
+GRID = tuple(Setting(cross, self_) for self_ in (0.0, 0.2, 0.5) for cross in (0.0, 0.2, 0.4, 0.8))
 PART = 3  # the frontier is measured on one scene in so many
 APART = 1_000_000  # seeds between the table's scenes and the frontier's
 TARGETS = {"success": 0.90, "outside": 30.0}
