@@ -161,7 +161,7 @@ def test_summary_table_and_frontier():
 
 
 def test_gains_are_of_the_same_edit_with_and_without():
-    with_, without = Setting(), NO_EDITING
+    with_, without = Setting(0.4, 0.5), NO_EDITING
     rows = [row("colour", s, True, seed=seed, outside=20.0 + 9 * seed + (2.0 if s == with_ else 0.0)) for seed in range(5) for s in (with_, without)]
     rows += [row("light", with_, True, seed=0, outside=None), row("add", with_, True, seed=9, outside=90.0)]  # nothing to compare them with
     found = {g["of"]: g for g in edits_report.gains(rows)}
