@@ -45,6 +45,7 @@ class HeldOut:
 
     counts: tuple[int, ...] = WORLD.counts
     styles: tuple[str, ...] = WORLD.styles
+    name = WORLD.name
 
     def scene(self, seed: int) -> Scene:
         return scene_from_seed(seed, counts=self.counts, styles=self.styles, held_out="only")
