@@ -32,12 +32,12 @@ class Contrast(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         image = F.normalize(self.tower(batch["image"]).float(), dim=-1)  # (B, dim)
         text = F.normalize(self.head(self.text(batch["ids"]), batch["end"]).float(), dim=-1)  # (B, dim)
-        s = self.head.log_scale.clamp(max=4.6).exp() * image @ text.T  # (B, B)
+        scale = self.head.log_scale.clamp(max=4.6).exp()
+        s = scale * image @ text.T  # (B, B)
         same = (batch["ids"][:, None] == batch["ids"][None]).all(-1).float()  # (B, B)
         target = torch.arange(len(s), device=s.device)
         false = F.normalize(self.head(self.text(batch["false"]), batch["false_end"]).float(), dim=-1)  # (B, dim)
-        own = self.head.log_scale.clamp(max=4.6).exp() * (image * false).sum(-1)  # (B,)
-        own = own.masked_fill(~batch["twisted"], -torch.inf)
+        own = (scale * (image * false).sum(-1)).masked_fill(~batch["twisted"], -torch.inf)  # (B,)
         loss = (F.cross_entropy(torch.cat([s, own[:, None]], 1), target) + F.cross_entropy(s.T, target)) / 2
         right = same.gather(1, s.argmax(1, keepdim=True)).mean()
         told = (s.diagonal() > own)[batch["twisted"]].float().sum() / batch["twisted"].sum().clamp(min=1)
@@ -69,8 +69,8 @@ def recipe(text: CLIPText, tower: ImageTower, tokenizer, scenes: list[Scene], im
         lies = [twisted(one, scene, rng) for one, scene in zip(said, shown)]
         ids, false = (share.mine(tokenizer(words)) for words in ([one.text for one in said], [lie or "" for lie in lies]))
         end, false_end = ((x == tokenizer.eos_id).int().argmax(1) for x in (ids, false))
-        images_ = to_signed(images[share.mine(index).cpu().numpy()]).to(share.device)
-        told = share.mine(torch.tensor([lie is not None for lie in lies]))
-        return {"image": images_, "ids": ids, "end": end, "false": false, "false_end": false_end, "twisted": told}
+        pictures = to_signed(images[share.mine(index).cpu().numpy()]).to(share.device)
+        is_twisted = share.mine(torch.tensor([lie is not None for lie in lies]))
+        return {"image": pictures, "ids": ids, "end": end, "false": false, "false_end": false_end, "twisted": is_twisted}
 
     return Recipe([Player("clip", contrast, {"text_encoder": text, "image_tower": tower, "head": contrast.head})], batch)

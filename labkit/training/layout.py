@@ -26,7 +26,7 @@ FIRST = 0.5  # the share of the steps that "at first" is
 
 
 def recipe(unet: UNet, text: CLIPText, tokenizer, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig, steps: int,
-           gamma: float = 5.0, floor: float = 1.0) -> Recipe:
+           gamma: float = 5.0, floor: float = 0.0) -> Recipe:
     """Latents as from `diffusion.latents`, with the scenes they show; `steps` is the length of the whole run."""
     schedule, T = Schedule(config), config.num_train_timesteps
     text.train().requires_grad_(True)

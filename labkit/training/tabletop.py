@@ -149,7 +149,7 @@ def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
 def train_layout(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.layout.seed)
     unet, text, _, latents, shown = learners(folder, preset, device)
-    recipe = layout.recipe(unet, text, build_tokenizer(), latents, shown, preset.schedule, preset.layout.steps, preset.gamma, preset.floor or 1.0)
+    recipe = layout.recipe(unet, text, build_tokenizer(), latents, shown, preset.schedule, preset.layout.steps, preset.gamma, preset.floor)
     run(recipe, preset.layout, folder / "layout", device)
 
 

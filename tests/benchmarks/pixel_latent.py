@@ -56,7 +56,7 @@ def main(minutes: float, out: Path) -> None:
     found, drawn = {"minutes": minutes}, {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
-        unet, text = diffusion.start_quiet(UNet(config)), deepcopy(lab.text_encoder).requires_grad_(False)
+        unet, text = diffusion.start_quiet(UNet(config)), deepcopy(lab.text_encoder)
         recipe = diffusion.recipe(unet, text, lab.tokenizer, lab.vae, data[name], of, lab.schedule_config)
         text.requires_grad_(False)
         recipe.players[0].trains.pop("text_encoder")
@@ -88,8 +88,7 @@ def main(minutes: float, out: Path) -> None:
 def seconds_a_step(recipe: loop.Recipe, count: int = 4) -> float:
     """Processor seconds of a training step, the fastest of some, on copies that are thrown away."""
     rehearsal = deepcopy(recipe.players[0].objective)
-    trained = [p for p in rehearsal.unet.parameters()]
-    optimiser = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    optimiser = torch.optim.AdamW(rehearsal.unet.parameters(), lr=0.0, fused=True)
     share_, taken = loop.Share(0, 1, BATCH, 0, torch.device("cpu")), []
     rehearsal.to(memory_format=torch.channels_last)
     for step in range(count):
