@@ -103,14 +103,14 @@ def scenes() -> list[Scene]:
     return [scene_from_seed(seed, held_out="any", styles=("photo", "sketch")) for seed in SEEDS]
 
 
-def drawn(detail: str | None = None, whereabouts: float = 0.0):
+def drawn(detail: str | None = None, whereabouts: float = 0.0, complete: float = 0.0):
     rng = np.random.default_rng(11)
-    return ((scene, caption(scene, rng, detail, whereabouts)) for scene in scenes())
+    return ((scene, caption(scene, rng, detail, whereabouts, complete)) for scene in scenes())
 
 
-@pytest.mark.parametrize("detail, whereabouts", [(None, 0.0), (None, 0.6), ("bare", 0.3)])
-def test_captions_are_true(detail, whereabouts):
-    for scene, said in drawn(detail, whereabouts):
+@pytest.mark.parametrize("detail, whereabouts, complete", [(None, 0.0, 0.0), (None, 0.6, 0.7), ("bare", 0.3, 1.0)])
+def test_captions_are_true(detail, whereabouts, complete):
+    for scene, said in drawn(detail, whereabouts, complete):
         assert is_true(said.text, scene), (said.text, scene)
         assert is_true(describe(scene).text, scene), (describe(scene).text, scene)
 
@@ -221,11 +221,18 @@ def test_detail_and_commonest_form():
     assert sum(bool(re.fullmatch(r"an? [a-z]+ [a-z]+", text)) for text in said) > 100, "'a red sphere' must be common"
 
 
+@pytest.mark.parametrize("detail", [None, "bare", "terse"])
+def test_complete_captions_name_every_object(detail):
+    named = {complete: [({k for word in said.words for k in word.objects}, scene) for scene, said in drawn(detail, 0.3, complete)] for complete in (0.0, 1.0)}
+    assert all(objects == set(range(len(scene.objects))) for objects, scene in named[1.0])
+    assert any(objects != set(range(len(scene.objects))) for objects, scene in named[0.0])
+
+
 def test_same_seed_same_caption():
     scene = scene_from_seed(3, counts=(3,))
     assert caption(scene, np.random.default_rng(5)) == caption(scene, np.random.default_rng(5))
     rngs = [np.random.default_rng(6) for _ in range(2)]
-    assert [caption(scene, rngs[0]) for _ in range(9)] == [caption(scene, rngs[1], whereabouts=0.0) for _ in range(9)], "whereabouts not asked for draw nothing"
+    assert [caption(scene, rngs[0]) for _ in range(9)] == [caption(scene, rngs[1], whereabouts=0.0, complete=0.0) for _ in range(9)], "what is not asked for draws nothing"
     assert describe(scene) == describe(scene)
 
 

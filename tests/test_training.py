@@ -24,7 +24,7 @@ from labkit.models.unet import UNet
 from labkit.models.vae import VAE, DiagonalGaussian
 from labkit.schedule import Schedule, ScheduleConfig, q_sample
 from labkit.tap import taps
-from labkit.training import clip, data, diffusion, layout, loop, tabletop, vae
+from labkit.training import clip, data, diffusion, lessons, loop, tabletop, vae
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
 
 CONFIG = LoopConfig(steps=10, batch_size=4, lr=1e-2, warmup=3, save_every=4, ema_decay=0.9)
@@ -223,7 +223,7 @@ def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(LabkitError, match="'fp8': use 'no' or 'bf16'"):
         train(tiny(), tmp_path / "new", mixed_precision="fp8")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, layout, diffusion, decoder, verifier or all"):
+    with pytest.raises(LabkitError, match="no training stage 'unet'.*clip, vae, diffusion, decoder, verifier or all"):
         tabletop.train("unet", tmp_path / "new")
     with pytest.raises(LabkitError, match="train that stage first"):
         tabletop.take(tmp_path / "clip", image_tower=nn.Linear(1, 1))
@@ -467,8 +467,6 @@ def test_one_caption_in_ten_is_dropped_and_latents_are_sampled():
     x0, eps = (torch.cat([batch[name] for batch in batches]) for name in ("x0", "eps"))
     torch.testing.assert_close(x0.var(), latents["mean"].var() + 0.25, rtol=0.05, atol=0)  # a sample's, not the mean's
     assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
-    layout = diffusion.draw(latents, 40, 1000, 3, replace(share, batch_size=4000), often=(600, 950, 0.6))[0]["t"]
-    assert abs(((layout >= 600) & (layout < 950)).float().mean() - (0.6 + 0.4 * 0.35)) < 0.03 and layout.min() < 30 and layout.max() > 990
     again = recipe.batch(3, share)
     assert all(torch.equal(again[name], batches[3][name]) for name in again), "a step draws the same whenever it is taken"
 
@@ -506,24 +504,52 @@ def test_the_loss_is_weighted_and_the_text_encoder_learns():
     assert set(recipe.players[0].trains) == {"unet", "text_encoder"}
 
 
-def test_layout_is_learnt_from_places_one_object_first():
-    shown = data.scenes(data.World(counts=(1, 2, 3)), 0, 80)
-    latents = {"mean": torch.arange(80.0).view(80, 1, 1, 1).expand(80, 4, 2, 2), "std": torch.zeros(80, 4, 2, 2), "scale": torch.tensor(1.0)}
-    tokenizer = tabletop.build_tokenizer()
-    recipe = layout.recipe(nn.Identity(), Ids(), tokenizer, latents, shown, ScheduleConfig(), steps=10)
-    share, places = replace(CPU, batch_size=256), tokenizer(["left right front behind"])[0, 1:5]
-    alone = []
-    for step in (0, 9):
-        batch = recipe.batch(step, share)
-        said = [shown[int(x.mean())] for x in batch["x0"]]
-        alone.append(sum(len(scene.objects) == 1 for scene in said) / 256)
-        assert {len(scene.objects) for scene in said} == {1, 2} and batch["t"].min() >= 500
-        where = (batch["ids"][..., None] == places).any(-1).any(-1)
-        dropped = (batch["ids"] == tokenizer([""])).all(1)
-        assert where[~dropped].float().mean() > 0.9
-        half = recipe.batch(step, replace(share, rank=1, world=2))
-        assert all(torch.equal(half[name], batch[name][1::2]) for name in batch)
-    assert abs(alone[0] - layout.SINGLES[0]) < 0.08 and abs(alone[1] - layout.SINGLES[1]) < 0.1
+def held_recipe(course: lessons.Course, shown: list, steps: int = 10):
+    """Noise prediction of pictures that bear their number, in the order of a course."""
+    n = len(shown)
+    latents = {"mean": torch.arange(float(n)).view(n, 1, 1, 1).expand(n, 4, 2, 2), "std": torch.zeros(n, 4, 2, 2), "scale": torch.tensor(1.0)}
+    held = lessons.Class(course, shown, steps, 1000)
+    return diffusion.recipe(nn.Identity(), Ids(), tabletop.build_tokenizer(), None, latents, shown, ScheduleConfig(), held=held)
+
+
+def test_a_course_holds_one_lesson_after_the_other():
+    shown = data.scenes(data.World(counts=(1, 2, 3), groups=0.3), 0, 150)
+    recipe = held_recipe(lessons.Course(((0.0, {"place": 3.0, "number": 1.0}), (0.5, {"relation": 1.0}))), shown)
+    tokenizer, share = tabletop.build_tokenizer(), replace(CPU, batch_size=256)
+    first, last = recipe.batch(4, share), recipe.batch(5, share)
+    said = {word: id for word, id in zip("left right front behind two three four".split(), tokenizer(["left right front behind two three four"])[0, 1:].tolist())}
+
+    def words(row, *which):
+        return any(said[word] in row.tolist() for word in which)
+
+    alone = [len(shown[int(x.mean())].objects) == 1 for x in first["x0"]]
+    assert abs(sum(alone) / 256 - 0.75) < 0.08  # three standard deviations
+    empty, numbered = tokenizer([""])[0], {1: ("left", "right", "front", "behind"), 2: ("two",), 3: ("three",)}
+    assert all(t >= (500 if single else 300) for single, t in zip(alone, first["t"]))
+    for group, least in ((True, 0.6), (False, 0.95)):  # what stands in the middle has no place
+        spoken = [(row, scene) for row, scene, single in zip(first["ids"], (shown[int(x.mean())] for x in first["x0"]), alone)
+                  if single == group and not torch.equal(row, empty)]
+        assert sum(words(row, *numbered[len(scene.objects)]) for row, scene in spoken) > least * len(spoken) > 30
+    for row, x, t in zip(last["ids"], last["x0"], last["t"]):
+        kinds = {(obj.shape, obj.colour) for obj in shown[int(x.mean())].objects}
+        assert len(shown[int(x.mean())].objects) == len(kinds) == 2 and t >= 400
+    assert len(last["t"].unique()) > 150 and last["t"].max() > 985
+    half = recipe.batch(4, replace(share, rank=1, world=2))
+    assert all(torch.equal(half[name], first[name][1::2]) for name in first)
+
+
+def test_lessons_without_pictures_are_left_out_and_a_course_is_checked():
+    single = data.scenes(data.World(counts=(1,)), 0, 20)
+    both = held_recipe(lessons.Course(((0.0, {"all": 1.0, "number": 9.0}),)), single).batch(0, replace(CPU, batch_size=8))
+    assert len(both["ids"]) == 8
+    with pytest.raises(LabkitError, match="none of 20 pictures belongs to number"):
+        held_recipe(lessons.Course(((0.0, {"number": 1.0}),)), single).batch(0, CPU)
+    for plan in ((), ((0.2, {"all": 1.0}),), ((0.0, {"al": 1.0}),), ((0.0, {"all": 1.0}), (0.5, {"all": 1.0}), (0.3, {"all": 1.0}))):
+        with pytest.raises(LabkitError, match="a course begins at 0"):
+            lessons.Course(plan)
+    for wrong in ({"says": ("place",)}, {"t": (0.5, 0.5)}, {"t": (0.0, 2.0)}):
+        with pytest.raises(LabkitError, match="kinds of words"):
+            lessons.Lesson(**wrong)
 
 
 def test_processes_share_one_batch_of_pictures_and_captions():
@@ -686,7 +712,7 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     assert theirs.config.scaling_factor == parts.vae.config.scaling_factor, "the scale that the U-Net knows"
     moved = {name for name, value in theirs.state_dict().items() if not torch.equal(value, plain[name])}
     assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved), moved
-    words = replace(on, vae=None, clip=short, layout=replace(short, lr=0.0), diffusion=replace(short, lr=0.0))
+    words = replace(on, vae=None, clip=short, course=lessons.Course(((0.0, {"all": 1.0}),)), diffusion=replace(short, lr=0.0))
     tabletop.train("all", tmp_path / "words", words, "cpu")
     spoken = load_pipeline(tmp_path / "words" / "model")
     assert any(not torch.equal(a, b) for a, b in zip(spoken.text_encoder.parameters(), parts.text_encoder.parameters()))

@@ -111,11 +111,12 @@ class _Line:
         return Caption(text, tuple(words))
 
 
-def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, whereabouts: float = 0.0) -> Caption:
+def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, whereabouts: float = 0.0, complete: float = 0.0) -> Caption:
     """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything; None draws one of "terse", "medium", "full".
 
     "bare" names things by their shapes alone, but for groups that are told apart by more.
     `whereabouts` is the chance that a list of objects also says where they stand: "a red sphere on the left and a cube behind".
+    `complete` is the chance that no object is left out, as terse captions and relations of two among more otherwise do.
     """
     if detail is not None and detail not in DETAILS:
         raise LabkitError(f"detail {detail!r} is unknown; choose one of {', '.join(DETAILS)} or None")
@@ -123,7 +124,7 @@ def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, w
         raise LabkitError("a scene without objects has no caption; add an object")
     detail = detail or ("terse", "medium", "full")[int(np.searchsorted((0.40, 0.75), rng.random()))]
     for attempt in range(20):
-        line = _compose(scene, rng, detail if attempt < 10 else "terse", whereabouts)
+        line = _compose(scene, rng, detail if attempt < 10 else "terse", whereabouts, complete)
         if len(line.tokens) <= MAX_WORDS:
             return line.finish()
     raise AssertionError("a terse caption always fits")
@@ -232,18 +233,19 @@ def _beyond(a: Object, b: Object, word: str) -> bool:
     return {"left": a.x < b.x, "right": a.x > b.x, "front": a.y < b.y, "behind": a.y > b.y}[word]
 
 
-def _compose(scene: Scene, rng, detail: str, whereabouts: float) -> _Line:
+def _compose(scene: Scene, rng, detail: str, whereabouts: float, complete: float) -> _Line:
     """One sentence, whatever its length."""
     line, count = _Line(), len(scene.objects)
+    whole = complete > 0 and rng.random() < complete
     odds = {"bare": (0.05, 0.12), "terse": (0.10, 0.12), "medium": (0.30, 0.50), "full": (0.45, 0.90)}[detail]  # of saying style, surroundings
     if rng.random() < (max(odds[0], 0.85) if scene.style == "sketch" else odds[0]):
         _say_all(line, _pick(rng, STYLE[scene.style]))
 
-    pairs = [(i, j) for i in range(count) for j in range(count) if i != j and relations(scene, i, j)]
-    alike = _groups(scene, rng)
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j and relations(scene, i, j) and not (whole and count > 2)]
+    alike = _groups(scene, rng, whole)
     form = rng.random()
     if alike and form < 0.45:
-        _say_groups(line, scene, rng, detail, *alike)
+        _say_groups(line, scene, rng, detail, whole, *alike)
     elif pairs and form < (0.75 if alike else 0.50):
         first, second = pairs[int(rng.integers(len(pairs)))]
         held = relations(scene, first, second)
@@ -253,7 +255,7 @@ def _compose(scene: Scene, rng, detail: str, whereabouts: float) -> _Line:
         _say_object(line, scene, second, rng, detail)
     else:
         # A terse or bare caption may leave objects out; the others name all there are.
-        share = int(rng.integers(1, count + 1)) if detail in ("bare", "terse") else count
+        share = int(rng.integers(1, count + 1)) if detail in ("bare", "terse") and not whole else count
         chosen = [int(k) for k in rng.permutation(count)[:share]]
         located = whereabouts > 0 and rng.random() < whereabouts
         for i, k in enumerate(chosen):
@@ -325,8 +327,11 @@ def _plural(word: str) -> str:
     return PLURAL.get(word, word + "s")
 
 
-def _groups(scene: Scene, rng) -> tuple | None:
-    """(attribute names, indices) of objects that share shape and these attributes, two or more; None if there are none."""
+def _groups(scene: Scene, rng, whole: bool) -> tuple | None:
+    """(attribute names, indices) of objects that share shape and these attributes, two or more; None if there are none.
+
+    `whole`: only groups beside which all the others can be named.
+    """
     found = []
     for names in ((), ("colour",), ("size",), ("material",), ("size", "colour"), ("material", "colour")):
         keys: dict[tuple, list[int]] = {}
@@ -334,20 +339,26 @@ def _groups(scene: Scene, rng) -> tuple | None:
             keys.setdefault((obj.shape, *(getattr(obj, name) for name in names)), []).append(k)
         # "two red spheres" is the commonest form where it is true, so it is entered twice.
         found += [(names, tuple(group)) for group in keys.values() if len(group) > 1] * (2 if names == ("colour",) else 1)
+    if whole:
+        found = [(names, group) for names, group in found if _rest(scene, group) is not None]
     return found[int(rng.integers(len(found)))] if found else None
 
 
-def _say_groups(line: _Line, scene: Scene, rng, detail: str, names: tuple[str, ...], group: tuple[int, ...]) -> None:
+def _rest(scene: Scene, group: tuple[int, ...]) -> list[int] | None:
+    """The objects outside a group; None where one has its shape, since "two spheres and a sphere" would sound like three alike."""
+    rest = [k for k in range(len(scene.objects)) if k not in group]
+    return None if any(scene.objects[k].shape == scene.objects[group[0]].shape for k in rest) else rest
+
+
+def _say_groups(line: _Line, scene: Scene, rng, detail: str, whole: bool, names: tuple[str, ...], group: tuple[int, ...]) -> None:
     """"two red spheres", and beyond terse also the rest: "two red spheres and a blue cube"."""
     line.say(COUNT[len(group)], "count", group)
     _say_thing(line, scene.objects[group[0]], names, group, rng, plural=True)
-    # "two spheres and a sphere" would sound like three alike, so the rest is named only where its shape is another.
-    rest = [k for k in range(len(scene.objects)) if k not in group]
-    if rest and (detail not in ("bare", "terse") or rng.random() < 0.3):
-        if all(scene.objects[k].shape != scene.objects[group[0]].shape for k in rest):
-            for i, k in enumerate(rest):
-                line.say("and" if i == len(rest) - 1 else ",")
-                _say_object(line, scene, k, rng, "medium" if detail == "full" else detail)
+    if len(group) < len(scene.objects) and (whole or detail not in ("bare", "terse") or rng.random() < 0.3):
+        rest = _rest(scene, group) or ()
+        for i, k in enumerate(rest):
+            line.say("and" if i == len(rest) - 1 else ",")
+            _say_object(line, scene, k, rng, "medium" if detail == "full" else detail)
 
 
 assert set(SAY) == {*SHAPES, *SIZES, *MATERIALS, *TABLES} and set(LIGHT) == set(LIGHTS) and set(STYLE) == set(STYLES)

@@ -74,9 +74,9 @@ def to_signed(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def captions(batch: list[Scene], rng: np.random.Generator, whereabouts: float = 0.0, bare: float = 0.0) -> list[str]:
-    """One caption a scene, detail drawn at random; `whereabouts` as in `labkit.scenes.captions.caption`, `bare` the chance that shapes are all that is named."""
-    return [caption(scene, rng, "bare" if bare and rng.random() < bare else None, whereabouts).text for scene in batch]
+def captions(batch: list[Scene], rng: np.random.Generator) -> list[str]:
+    """One caption a scene, detail drawn at random."""
+    return [caption(scene, rng).text for scene in batch]
 
 
 def contact_sheet(images: Tensor, columns: int):

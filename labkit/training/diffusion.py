@@ -9,7 +9,7 @@ by the empty one, so that the same network also learns p(x) and can be guided (H
 from contrastive training and learns on, as in LDM; Stable Diffusion freezes CLIP's, which had seen 400 million captions.
 At nearly clean timesteps eps is guessed almost from x_t alone and badly at that: gamma keeps them from ruling the gradient. At
 noisy timesteps x_t is nearly eps itself, so that the error of eps is small however wrong the guess of x0: floor lets them count.
-Layout is decided there, so a part of the batch may be drawn from there (`often`; Esser et al. 2024, section 3.1, had the idea of choosing where to look).
+Layout is decided there, and some lessons (lessons.py) are drawn from there.
 Latents do not depend on what is learnt here, so they are computed once.
 """
 from hashlib import sha256
@@ -34,6 +34,7 @@ from labkit.samplers import ddim
 from labkit.schedule import Schedule, ScheduleConfig, eps_prediction, q_sample
 from labkit.tap import listen
 from labkit.training.data import Scene, captions, contact_sheet, to_signed
+from labkit.training.lessons import Class
 from labkit.training.loop import Player, Recipe, Share
 from labkit.training.vae import scale_factor
 
@@ -136,35 +137,30 @@ def saved_scale(path: Path) -> float:
         return float(file.get_tensor("scale"))
 
 
-def draw(latents: dict[str, Tensor], among: int | Tensor, T: int, step: int, share: Share, often: tuple[int, int, float] | None = None
-         ) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
-    """A step's share of x0, t and eps; which pictures all processes together see, (B,); whose words of the share are to be dropped.
-
-    `among`: so many pictures, all alike, or a weight for each, (N,).
-    t is uniform on 0 .. T - 1, but for a share of the pictures on first .. last - 1 where `often` = (first, last, share) says so.
-    """
-    g, n = share.generator(step), share.batch_size
-    everyone = torch.randint(among, (n,), generator=g) if isinstance(among, int) else torch.multinomial(among, n, replacement=True, generator=g)
-    index = share.mine(everyone).cpu()
-    t = torch.randint(T, (n,), generator=g)
-    if often:
-        t = torch.where(torch.rand(n, generator=g) < often[2], torch.randint(often[0], often[1], (n,), generator=g), t)
-    t = share.mine(t)
+def draw(latents: dict[str, Tensor], everyone: Tensor, t: Tensor, g: torch.Generator, share: Share) -> tuple[dict[str, Tensor], list[bool]]:
+    """A share of the noising of everyone's pictures (B,) to timesteps t (B,): its x0, t and eps; and whose words of the share are to be dropped."""
+    n, index = len(everyone), share.mine(everyone).cpu()
     posterior, eps = (share.mine(torch.randn(n, *latents["mean"].shape[1:], generator=g)) for _ in range(2))
     dropped = share.mine(torch.rand(n, generator=g) < DROPOUT).tolist()
     x0 = latents["mean"][index].to(share.device) + latents["std"][index].to(share.device) * posterior
-    return {"x0": x0, "t": t, "eps": eps}, everyone, dropped
+    return {"x0": x0, "t": share.mine(t), "eps": eps}, dropped
 
 
 def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
-           gamma: float = 5.0, floor: float = 0.0, whereabouts: float = 0.0, bare: float = 0.0, often: tuple[int, int, float] | None = None) -> Recipe:
-    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch, `whereabouts` and `bare` as in `captions`, `often` as in `draw`."""
+           gamma: float = 5.0, floor: float = 0.0, held: Class | None = None) -> Recipe:
+    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch. What is learnt when is as `held` has it; None: everything, always."""
     schedule, scale = Schedule(config), float(latents["scale"])
     text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
-        drawn, everyone, dropped = draw(latents, len(scenes), config.num_train_timesteps, step, share, often)
-        spoken = captions([scenes[i] for i in everyone.tolist()], np.random.default_rng([share.seed, step, 0]), whereabouts, bare)
+        g, n, rng = share.generator(step), share.batch_size, np.random.default_rng([share.seed, step, 0])
+        if held is None:
+            everyone, t = (torch.randint(high, (n,), generator=g) for high in (len(scenes), config.num_train_timesteps))
+            spoken = captions([scenes[i] for i in everyone.tolist()], rng)
+        else:
+            lessons, everyone, t = held.choose(step, g, n)
+            spoken = [lesson.caption(scenes[i], rng) for lesson, i in zip(lessons, everyone.tolist())]
+        drawn, dropped = draw(latents, everyone, t, g, share)
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes
         return {**drawn, "ids": tokenizer(words).to(share.device)}
 

@@ -61,7 +61,9 @@ def recipe(lab: LatentDiffusion, unet: UNet, pictures: Pictures, latents: dict, 
     """Latents as from `diffusion.latents`, with the captions of their pictures; the sheet shows pictures above what is drawn of their captions."""
 
     def batch(step: int, share: Share) -> dict:
-        drawn, everyone, dropped = diffusion.draw(latents, len(pictures), lab.schedule_config.num_train_timesteps, step, share)
+        g, n = share.generator(step), share.batch_size
+        everyone, t = (torch.randint(high, (n,), generator=g) for high in (len(pictures), lab.schedule_config.num_train_timesteps))
+        drawn, dropped = diffusion.draw(latents, everyone, t, g, share)
         words = ["" if drop else pictures.texts[i] for drop, i in zip(dropped, share.mine(everyone).tolist())]
         c = lab.encode_text(words)  # (B, L, D)
         if lab.force_zeros and isinstance(c, Condition):

@@ -1,4 +1,4 @@
-"""The stages that make the shipped model, one after the other: clip, vae, layout, diffusion, decoder; and their assembly.
+"""The stages that make the shipped model, one after the other: clip, vae, diffusion, decoder; and their assembly.
 
 Each stage keeps its state in a folder of its own (runs/tabletop/clip, ...), resumes from there, and reads what it needs of
 the stages before. `export` writes the averaged weights as a model folder that labkit and diffusers open.
@@ -24,14 +24,15 @@ from labkit.models.unet import UNet
 from labkit.models.vae import VAE
 from labkit.scenes.captions import vocabulary
 from labkit.schedule import ScheduleConfig
-from labkit.training import clip, diffusion, layout, verifier
+from labkit.training import clip, diffusion, verifier
 from labkit.training import vae as autoencoding
 from labkit.training.vae import VAELoss
 from labkit.training.data import SHOWN, World, renders, scenes
+from labkit.training.lessons import LESSONS, Class, Course
 from labkit.training.loop import LoopConfig, run
 from labkit.training.measures import load_tower
 
-STAGES = ("clip", "vae", "layout", "diffusion", "decoder")
+STAGES = ("clip", "vae", "diffusion", "decoder")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class Preset:
     # None: the autoencoder of `start` stays, and its latents
     vae: LoopConfig | None = LoopConfig(steps=14_000, batch_size=4, lr=1e-3, cooldown=0.35, ema_decay=0.998, mixed_precision="bf16")
     vae_loss: VAELoss = VAELoss(adversarial_from=11_500)
-    layout: LoopConfig | None = None  # where things stand, before the rest (training/layout.py)
     diffusion: LoopConfig = LoopConfig(steps=9000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16")
     decoder: LoopConfig | None = None  # the decoder alone, trained on while the latents stay what they are; None: it stays as the vae stage leaves it
     unet_config: UNetConfig = TABLETOP_UNET
@@ -52,9 +52,7 @@ class Preset:
     schedule: ScheduleConfig = ScheduleConfig(timestep_spacing="trailing", steps_offset=0)
     gamma: float = 5.0  # the SNR's bounds in the loss's weights (training/diffusion.py)
     floor: float = 0.0
-    often: tuple[int, int, float] | None = None  # timesteps that a share of the batch is drawn from: (first, last, share)
-    whereabouts: float = 0.0  # the chance that a list of objects says where they stand (scenes/captions.py)
-    bare: float = 0.0  # the chance that a caption names nothing but shapes
+    course: Course | None = None  # what the U-Net learns when (training/lessons.py); None: everything, always
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
     name: str = "tabletop"
     start: str | None = None  # a model folder whose weights are trained on; None: from nothing
@@ -69,20 +67,24 @@ class Preset:
         return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
 
 
+PLACES_FIRST = Course((
+    (0.0, {"places": 0.8, "place": 0.1, "all": 0.1}),
+    (0.25, {"places": 0.2, "relation": 0.3, "number": 0.15, "two": 0.1, "material": 0.1, "all": 0.15}),
+    (0.5, {"places": 0.05, "place": 0.05, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "early": 0.1, "all": 0.3}),
+))
+
+
 PRESETS = {
     "tabletop": Preset(),
     # the shipped model, trained on: its autoencoder's latents stay what they are, so that what was measured of them holds
     "further": Preset(
         world=replace(SHOWN, groups=0.35),
         pictures=30_000,
-        clip=LoopConfig(steps=1200, batch_size=64, lr=5e-4, warmup=100, cooldown=0.4),
+        clip=None,
         vae=None,
-        layout=LoopConfig(steps=650, batch_size=64, lr=6e-4, warmup=30, cooldown=0.15, ema_decay=0.99),
-        diffusion=LoopConfig(steps=5000, batch_size=32, lr=6e-4, cooldown=0.4),
+        diffusion=LoopConfig(steps=10_000, batch_size=32, lr=6e-4, warmup=50, cooldown=0.35),
         floor=1.0,
-        often=(500, 950, 0.35),
-        whereabouts=0.4,
-        bare=0.15,
+        course=PLACES_FIRST,
         start="tabletop",
     ),
     # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
@@ -119,11 +121,11 @@ def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str
     if stage == "verifier":
         verifier.main(folder, folder / "judge", device=device)
         return
-    idle = {"clip": "text encoder by contrast", "vae": "autoencoder", "layout": "layout apart", "decoder": "decoder apart"}
+    idle = {"clip": "text encoder by contrast", "vae": "autoencoder", "decoder": "decoder apart"}
     if stage in idle and stage not in preset.stages:
         raise LabkitError(f"the preset does not train the {idle[stage]}; train {', '.join(preset.stages)} or all")
     for name in preset.stages if stage == "all" else (stage,):
-        {"clip": train_clip, "vae": train_vae, "layout": train_layout, "diffusion": train_diffusion, "decoder": train_decoder}[name](folder, preset, device)
+        {"clip": train_clip, "vae": train_vae, "diffusion": train_diffusion, "decoder": train_decoder}[name](folder, preset, device)
     if stage == "all":
         export(folder, preset, folder / "model")
 
@@ -135,7 +137,7 @@ def train_clip(folder: Path, preset: Preset, device: str | None) -> None:
     if preset.start is not None:
         text = deepcopy(load_pipeline(preset.start).text_encoder).train().requires_grad_(True)
         tower = image_tower(folder, preset).train().requires_grad_(True)
-    recipe = clip.recipe(text, tower, tokenizer, scenes(preset.world, 0, preset.pictures), pictures(folder, preset), preset.whereabouts)
+    recipe = clip.recipe(text, tower, tokenizer, scenes(preset.world, 0, preset.pictures), pictures(folder, preset), LESSONS["all"].whereabouts)
     run(recipe, preset.clip, folder / "clip", device)
 
 
@@ -146,38 +148,20 @@ def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
     run(autoencoding.recipe(vae, tower, pictures(folder, preset), preset.vae_loss), preset.vae, folder / "vae", device)
 
 
-def train_layout(folder: Path, preset: Preset, device: str | None) -> None:
-    torch.manual_seed(preset.layout.seed)
-    unet, text, _, latents, shown = learners(folder, preset, device)
-    recipe = layout.recipe(unet, text, build_tokenizer(), latents, shown, preset.schedule, preset.layout.steps, preset.gamma, preset.floor)
-    run(recipe, preset.layout, folder / "layout", device)
-
-
 def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.diffusion.seed)
-    unet, text, vae, latents, shown = learners(folder, preset, device)
-    if preset.layout is not None:
-        placed = take(folder / "layout", unet=deepcopy(unet), text_encoder=deepcopy(text))
-        unet, text = (network.train().requires_grad_(True) for network in placed)
-    asked = {name: getattr(preset, name) for name in ("gamma", "floor", "whereabouts", "bare", "often")}
-    recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, **asked)
+    vae, start = autoencoder(folder, preset), None if preset.start is None else load_pipeline(preset.start)
+    unet = diffusion.start_quiet(UNet(preset.unet_config)) if start is None else deepcopy(start.unet).train().requires_grad_(True)
+    text = deepcopy(start.text_encoder) if preset.clip is None else take(folder / "clip", text_encoder=text_encoder(build_tokenizer()))[0]
+    scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
+    latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
+    shown = scenes(preset.world, 0, preset.pictures)
+    held = preset.course and Class(preset.course, shown, preset.diffusion.steps, preset.schedule.num_train_timesteps)
+    recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, preset.gamma, preset.floor, held)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
     with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
         run(recipe, preset.diffusion, folder / "diffusion", device)
-
-
-def learners(folder: Path, preset: Preset, device: str | None) -> tuple:
-    """The U-Net and the text encoder as they are before any noise is guessed; the autoencoder, its latents and the scenes they show."""
-    vae = autoencoder(folder, preset)
-    if preset.start is None:
-        unet = diffusion.start_quiet(UNet(preset.unet_config))
-    else:
-        unet = deepcopy(load_pipeline(preset.start).unet).train().requires_grad_(True)
-    text = deepcopy(load_pipeline(preset.start).text_encoder) if preset.clip is None else take(folder / "clip", text_encoder=text_encoder(build_tokenizer()))[0]
-    scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
-    latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
-    return unet, text, vae, latents, scenes(preset.world, 0, preset.pictures)
 
 
 def train_decoder(folder: Path, preset: Preset, device: str | None) -> None:
