@@ -186,7 +186,15 @@ def test_saved_with_its_words_inside(tmp_path):
     path = plots.save(figure, tmp_path / "new folder" / "sweep é.png")
     image = Image.open(path)
     assert image.format == "PNG" and image.info["Description"] == figure.labkit_alt
-    assert image.width == round(figure.get_size_inches()[0] * plots.DPI)
+    assert abs(image.width - figure.get_size_inches()[0] * plots.DPI) < 0.2 * plots.DPI
+
+
+def test_no_title_is_cut_and_no_margin_is_empty():
+    square = Image.new("RGB", (64, 64), "black")
+    strips = plots.strips({"": [square, square]}, ["a title", "a title that is wider than its picture is"], "Two squares", "Two black squares side by side.", side=1.5)
+    ink = np.asarray(Image.open(BytesIO(plots.png(strips))).convert("L")) < 200
+    assert not ink[:, [0, 1, -2, -1]].any() and not ink[[0, 1, -2, -1]].any(), "cut at an edge"
+    assert ink[-12:].any() and ink[:12].any() and ink[:, -12:].any(), "an empty margin"
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
 def png(figure: "Figure") -> bytes:
     """The figure as a PNG file's bytes, with its description as the file's Description."""
     metadata = {"Software": None, "Description": described(figure)}
-    figure.savefig(file := BytesIO(), format="png", dpi=DPI, metadata=metadata)
+    figure.savefig(file := BytesIO(), format="png", dpi=DPI, metadata=metadata, bbox_inches="tight", pad_inches=0.08)  # no title cut, no empty margin
     return file.getvalue()
 
 

@@ -24,6 +24,15 @@ def flip(frames: Sequence["Figure"], labels: Sequence[str], name: str, below: "F
         raise LabkitError(f"{len(frames)} frames and {len(labels)} labels, starting at {start}: give each frame a label of its own.")
     listed = ", ".join(labels)
     pictures = [Image.open(BytesIO(plots.png(frame))).convert("RGB") for frame in frames]
+    size = tuple(max(sides) for sides in zip(*(picture.size for picture in pictures)))
+    pictures = [on_white(picture, size) for picture in pictures]  # so that nothing jumps when the knob is turned
     panel = Panel(pictures, f"{plots.described(frames[start])} One of {len(frames)} figures, for {name}: {listed}.")
     text = f"[A slider over {name}, {listed}: run this cell in JupyterLab to move it. All of it is below.]"
     return View(name, (panel,), (Axis(name, tuple(labels), pictures=True, start=start),), below, text)
+
+
+def on_white(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture in the top left corner of a white one of this size."""
+    sheet = Image.new("RGB", size, "white")
+    sheet.paste(picture)
+    return sheet
