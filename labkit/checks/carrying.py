@@ -33,6 +33,11 @@ carry = Check(
         "`own` is the wrong way round: 1 where the target keeps its own map.": lambda s, t, M, own: s @ M + (1 - own) * t,
         "The source's maps are taken place by place, without M: then token j copies token j, whatever stands there.": lambda s, t, M, own: (1 - own) * s + own * t,
         "M is on the wrong side: it mixes tokens, the last axis, not places.": lambda s, t, M, own: M @ s + own * t,
+        "You made the rows sum to one again. Equation (1) does not: what M leaves out is missing from the sum, and that is meant.": lambda s, t, M, own: (
+            (a := s @ M + own * t) / a.sum(-1, keepdim=True)),
+        "`own` is 1 for the tokens that keep the *target's* map; you gave those the source's.": lambda s, t, M, own: (
+            own * s + (1 - own) * t),
+        "M is missing: the source's maps as they stand, and the target's added.": lambda s, t, M, own: s + own * t,
     },
     task="`carry` gives the target's tokens the source's maps, equation (1): `A_source` and `A_target` are (..., N, L), `M` is (L, L), `own` is (L,).",
     praise="one product and one sum: all the rest of the method is to say what M is, and when.",
@@ -53,6 +58,11 @@ shared = Check(
         "That is the published code's count, of T + 1 steps: one step more than asked for, at times.": (
             lambda T, a, b: ((torch.arange(T) >= int(a * (T + 1))) & (torch.arange(T) < int(b * (T + 1)))).float()),
         "Inside and outside are exchanged: 1 where the maps are shared.": lambda T, a, b: 1 - in_steps((a, b), T).float(),
+        "a and b are shares, from 0 to 1; you compared step numbers with them: multiply by T first.": lambda T, a, b: (
+            ((torch.arange(T) >= a) & (torch.arange(T) < b)).float()),
+        "The first step of the window is inside: `>=`, not `>`.": lambda T, a, b: ((torch.arange(T) > round(a * T)) & (torch.arange(T) < round(b * T))).float(),
+        "You did not round: 0.4 of 8 steps is 3.2, which rounds to 3, and step 3 is outside.": lambda T, a, b: (
+            ((torch.arange(T) >= a * T) & (torch.arange(T) < b * T)).float()),
     },
     task="`shared` says in which of T steps maps are shared, a tensor (T,) of 0 and 1, equation (2): 1 where round(a T) <= i < round(b T).",
     praise="a and b are shares of the *steps*, so that the same edit can be drawn with more of them.",
@@ -96,6 +106,10 @@ let_in = Check(
         "One range for the whole batch: then a picture's mask depends on its neighbours.": lambda s, t, h: torch.maximum(_by(s, h, (0, 1, 2)), _by(t, h, (0, 1, 2))),
         "One range for both sides: the two words have maps of different heights; each goes by its own.": _together,
         "That is the opposite: 1 where the edit is let *in*.": lambda s, t, h: 1 - torch.maximum(_by(s, h), _by(t, h)),
+        "Both masks are added, and where both are 1 the sum is 2: take the larger, or clamp.": lambda s, t, h: _by(s, h) + _by(t, h),
+        "The comparison is the wrong way round: high attention is let in.": lambda s, t, h: torch.maximum(1 - _by(s, h), 1 - _by(t, h)),
+        "You added the maps before comparing; each side is compared by itself, and either is enough.": lambda s, t, h: _by(s + t, h),
+        "The range goes over places, `(1, 2)`; you took it over pictures.": lambda s, t, h: torch.maximum(_by(s, h, (0,)), _by(t, h, (0,))),
         "That is a soft mask; it has only 0 and 1 in it: compare with the threshold.": lambda s, t, h: torch.maximum(
             *((a - a.amin((1, 2), keepdim=True)) / (a.amax((1, 2), keepdim=True) - a.amin((1, 2), keepdim=True)) for a in (s, t))),
     },
