@@ -67,10 +67,12 @@ class Preset:
         return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
 
 
-PLACES_FIRST = Course((
+ONE_BY_ONE = Course((  # where things stand, of what they are, how many; then all of it
     (0.0, {"places": 0.8, "place": 0.1, "all": 0.1}),
-    (0.25, {"places": 0.2, "relation": 0.3, "number": 0.15, "two": 0.1, "material": 0.1, "all": 0.15}),
-    (0.5, {"places": 0.05, "place": 0.05, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "early": 0.1, "all": 0.3}),
+    (0.22, {"material": 0.6, "places": 0.15, "relation": 0.15, "number": 0.1}),
+    (0.3, {"number": 0.6, "relation": 0.2, "places": 0.1, "material": 0.1}),
+    (0.41, {"relation": 0.25, "number": 0.25, "two": 0.15, "material": 0.15, "place": 0.05, "places": 0.05, "all": 0.1}),
+    (0.55, {"all": 0.35, "early": 0.1, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "place": 0.05}),
 ))
 
 
@@ -82,9 +84,9 @@ PRESETS = {
         pictures=30_000,
         clip=None,
         vae=None,
-        diffusion=LoopConfig(steps=10_000, batch_size=32, lr=6e-4, warmup=50, cooldown=0.35),
+        diffusion=LoopConfig(steps=9000, batch_size=32, lr=6e-4, warmup=50, cooldown=0.35),
         floor=1.0,
-        course=PLACES_FIRST,
+        course=ONE_BY_ONE,
         start="tabletop",
     ),
     # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
