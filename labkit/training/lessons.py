@@ -60,7 +60,7 @@ LESSONS = {
     "relation": Lesson(("relation",), (2,), alike=False, t=(0.4, 1.0), details=PLAIN, complete=1.0),
     "number": Lesson(("count",), (2, 3, 4), alike=True, t=(0.3, 1.0), details=PLAIN, complete=1.0),
     "two": Lesson((), (2,), alike=False, t=(0.2, 1.0), details=("bare", "terse"), complete=1.0),
-    "material": Lesson(("material",), (1,), t=(0.3, 0.9), details=("terse", "medium", "medium", "full"), complete=1.0),
+    "material": Lesson(("material",), (1,), t=(0.3, 0.75), details=("terse", "medium", "medium", "full"), complete=1.0),
 }
 
 

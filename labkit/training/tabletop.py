@@ -70,7 +70,7 @@ class Preset:
 ONE_BY_ONE = Course((  # where things stand, of what they are, how many; then all of it
     (0.0, {"places": 0.8, "place": 0.1, "all": 0.1}),
     (0.22, {"material": 0.6, "places": 0.15, "relation": 0.15, "number": 0.1}),
-    (0.3, {"number": 0.6, "relation": 0.2, "places": 0.1, "material": 0.1}),
+    (0.31, {"number": 0.4, "material": 0.35, "relation": 0.15, "places": 0.1}),
     (0.41, {"relation": 0.25, "number": 0.25, "two": 0.15, "material": 0.15, "place": 0.05, "places": 0.05, "all": 0.1}),
     (0.55, {"all": 0.35, "early": 0.1, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "place": 0.05}),
 ))
