@@ -74,10 +74,17 @@ ONE_BY_ONE = Course((  # where things stand, of what they are, how many; then al
     (0.41, {"relation": 0.25, "number": 0.25, "two": 0.15, "material": 0.15, "place": 0.05, "places": 0.05, "all": 0.1}),
     (0.55, {"all": 0.35, "early": 0.1, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "place": 0.05}),
 ))
+FROM_NOTHING = Course(((0.0, {"all": 1.0}), *((0.5 + begin / 2, shares) for begin, shares in ONE_BY_ONE.plan)))
 
 
 PRESETS = {
-    "tabletop": Preset(),
+    # the shipped model from nothing, for a GPU: all its runs in one
+    "tabletop": Preset(
+        world=replace(SHOWN, groups=0.35),
+        diffusion=LoopConfig(steps=30_000, batch_size=32, lr=8e-4, cooldown=0.35, mixed_precision="bf16"),
+        floor=1.0,
+        course=FROM_NOTHING,
+    ),
     # the shipped model, trained on: its autoencoder's latents stay what they are, so that what was measured of them holds
     "further": Preset(
         world=replace(SHOWN, groups=0.35),
