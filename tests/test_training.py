@@ -504,17 +504,17 @@ def test_the_loss_is_weighted_and_the_text_encoder_learns():
     assert set(recipe.players[0].trains) == {"unet", "text_encoder"}
 
 
-def held_recipe(course: lessons.Course, shown: list, steps: int = 10):
+def lesson_recipe(course: lessons.Course, shown: list, steps: int = 10):
     """Noise prediction of pictures that bear their number, in the order of a course."""
     n = len(shown)
     latents = {"mean": torch.arange(float(n)).view(n, 1, 1, 1).expand(n, 4, 2, 2), "std": torch.zeros(n, 4, 2, 2), "scale": torch.tensor(1.0)}
-    held = lessons.Class(course, shown, steps, 1000)
-    return diffusion.recipe(nn.Identity(), Ids(), tabletop.build_tokenizer(), None, latents, shown, ScheduleConfig(), held=held)
+    timetable = lessons.Timetable(course, shown, steps, 1000)
+    return diffusion.recipe(nn.Identity(), Ids(), tabletop.build_tokenizer(), None, latents, shown, ScheduleConfig(), timetable=timetable)
 
 
 def test_a_course_holds_one_lesson_after_the_other():
     shown = data.scenes(data.World(counts=(1, 2, 3), groups=0.3), 0, 150)
-    recipe = held_recipe(lessons.Course(((0.0, {"place": 3.0, "number": 1.0}), (0.5, {"relation": 1.0}))), shown)
+    recipe = lesson_recipe(lessons.Course(((0.0, {"place": 3.0, "number": 1.0}), (0.5, {"relation": 1.0}))), shown)
     tokenizer, share = tabletop.build_tokenizer(), replace(CPU, batch_size=256)
     first, last = recipe.batch(4, share), recipe.batch(5, share)
     said = {word: id for word, id in zip("left right front behind two three four".split(), tokenizer(["left right front behind two three four"])[0, 1:].tolist())}
@@ -540,10 +540,10 @@ def test_a_course_holds_one_lesson_after_the_other():
 
 def test_lessons_without_pictures_are_left_out_and_a_course_is_checked():
     single = data.scenes(data.World(counts=(1,)), 0, 20)
-    both = held_recipe(lessons.Course(((0.0, {"all": 1.0, "number": 9.0}),)), single).batch(0, replace(CPU, batch_size=8))
+    both = lesson_recipe(lessons.Course(((0.0, {"all": 1.0, "number": 9.0}),)), single).batch(0, replace(CPU, batch_size=8))
     assert len(both["ids"]) == 8
     with pytest.raises(LabkitError, match="none of 20 pictures belongs to number"):
-        held_recipe(lessons.Course(((0.0, {"number": 1.0}),)), single).batch(0, CPU)
+        lesson_recipe(lessons.Course(((0.0, {"number": 1.0}),)), single).batch(0, CPU)
     for plan in ((), ((0.2, {"all": 1.0}),), ((0.0, {"al": 1.0}),), ((0.0, {"all": 1.0}), (0.5, {"all": 1.0}), (0.3, {"all": 1.0}))):
         with pytest.raises(LabkitError, match="a course begins at 0"):
             lessons.Course(plan)

@@ -34,7 +34,7 @@ from labkit.samplers import ddim
 from labkit.schedule import Schedule, ScheduleConfig, eps_prediction, q_sample
 from labkit.tap import listen
 from labkit.training.data import Scene, captions, contact_sheet, to_signed
-from labkit.training.lessons import Class
+from labkit.training.lessons import Timetable
 from labkit.training.loop import Player, Recipe, Share
 from labkit.training.vae import scale_factor
 
@@ -147,18 +147,18 @@ def draw(latents: dict[str, Tensor], everyone: Tensor, t: Tensor, g: torch.Gener
 
 
 def recipe(unet: UNet, text: CLIPText, tokenizer, vae: VAE, latents: dict[str, Tensor], scenes: list[Scene], config: ScheduleConfig,
-           gamma: float = 5.0, floor: float = 0.0, held: Class | None = None) -> Recipe:
-    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch. What is learnt when is as `held` has it; None: everything, always."""
+           gamma: float = 5.0, floor: float = 0.0, timetable: Timetable | None = None) -> Recipe:
+    """Latents as from `latents`, with the scenes they show; captions are worded afresh for every batch. What is learnt when is as `timetable` has it; None: everything, always."""
     schedule, scale = Schedule(config), float(latents["scale"])
     text.train().requires_grad_(True)
 
     def batch(step: int, share: Share) -> dict:
         g, n, rng = share.generator(step), share.batch_size, np.random.default_rng([share.seed, step, 0])
-        if held is None:
+        if timetable is None:
             everyone, t = (torch.randint(high, (n,), generator=g) for high in (len(scenes), config.num_train_timesteps))
             spoken = captions([scenes[i] for i in everyone.tolist()], rng)
         else:
-            lessons, everyone, t = held.choose(step, g, n)
+            lessons, everyone, t = timetable.choose(step, g, n)
             spoken = [lesson.caption(scenes[i], rng) for lesson, i in zip(lessons, everyone.tolist())]
         drawn, dropped = draw(latents, everyone, t, g, share)
         words = ["" if drop else w for drop, w in zip(dropped, spoken[share.rank :: share.world])]  # the same in any number of processes

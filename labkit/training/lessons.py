@@ -83,8 +83,8 @@ class Course:
         return [shares for begin, shares in self.plan if begin <= done][-1]
 
 
-class Class:
-    """A course held with pictures of these scenes, over a training of so many steps, on a schedule of T timesteps."""
+class Timetable:
+    """A course, held with pictures of these scenes, over a training of so many steps, on a schedule of T timesteps."""
 
     def __init__(self, course: Course, scenes: list[Scene], steps: int, T: int) -> None:
         self.course, self.scenes, self.steps, self.T = course, scenes, steps, T

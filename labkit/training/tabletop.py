@@ -28,7 +28,7 @@ from labkit.training import clip, diffusion, verifier
 from labkit.training import vae as autoencoding
 from labkit.training.vae import VAELoss
 from labkit.training.data import SHOWN, World, renders, scenes
-from labkit.training.lessons import LESSONS, Class, Course
+from labkit.training.lessons import LESSONS, Course, Timetable
 from labkit.training.loop import LoopConfig, run
 from labkit.training.measures import load_tower
 
@@ -165,8 +165,8 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
     latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
     shown = scenes(preset.world, 0, preset.pictures)
-    held = preset.course and Class(preset.course, shown, preset.diffusion.steps, preset.schedule.num_train_timesteps)
-    recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, preset.gamma, preset.floor, held)
+    timetable = preset.course and Timetable(preset.course, shown, preset.diffusion.steps, preset.schedule.num_train_timesteps)
+    recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, preset.gamma, preset.floor, timetable)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
     with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
