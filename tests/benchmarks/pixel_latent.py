@@ -7,7 +7,8 @@ encoder, one thread, so many minutes of processor time each (default 10, and as 
 it is the same network with three more, narrow resolutions before it, without attention, as pixel models have it: the places where latents begin are the same
 16x16. A step of each is timed first, and the learning rate's course is laid over the steps that fit. What is not counted: the autoencoder, which was trained
 before, as in the paper's figure. 62 prompts ("a red sphere", two of each training combination) are drawn by both in 20 steps of DDIM, guidance 4, and read by the verifier.
-Leaves pixel_latent.json and pixel_latent.png in the folder (default out/pixel_latent).
+Leaves pixel_latent.json and pixel_latent.png in the folder (default out/pixel_latent): the figures, and five pictures of each, latents above. Those in data/pictures are
+what notebook 03 shows.
 """
 
 import json
@@ -15,15 +16,16 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 import labkit
 from labkit import plots
 from labkit.device import Noise
-from labkit.generation import to_pil
 from labkit.guidance import classifier_free
 from labkit.models.unet import UNet
 from labkit.samplers import ddim
@@ -31,11 +33,12 @@ from labkit.scenes.prompts import PAIRS
 from labkit.scenes.verify import read, share
 from labkit.schedule import Schedule
 from labkit.training import diffusion, loop
-from labkit.training.data import World, renders, scenes, to_signed
+from labkit.training.data import World, contact_sheet, renders, scenes, to_signed
 from labkit.training.tabletop import PRESETS
 
 MINI = PRESETS["tabletop-mini"]
 BATCH, STEPS, GUIDANCE = 16, 20, 4.0
+SHOWN = (0, 9, 18, 26, 30)  # prompts whose pictures are kept
 CONFIGS = {
     "latents": replace(MINI.unet_config, sample_size=16),
     "pixels": replace(
@@ -53,7 +56,7 @@ def main(minutes: float, out: Path) -> None:
     data = {"pixels": {"mean": pixels, "std": torch.zeros_like(pixels), "scale": torch.tensor(1.0)},
             "latents": diffusion.latents(lab.vae, pictures, out / "latents.safetensors", "cpu", lab.vae.config.scaling_factor)}
     prompts = [f"a {colour} {shape}" for colour, shape in PAIRS] * 2
-    found, drawn = {"minutes": minutes}, {}
+    found, drawn = {"minutes": minutes, "prompts": [prompts[k] for k in SHOWN]}, {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         unet, text = diffusion.start_quiet(UNet(config)), deepcopy(lab.text_encoder)
@@ -78,10 +81,9 @@ def main(minutes: float, out: Path) -> None:
         print(name, found[name], flush=True)
     out.mkdir(parents=True, exist_ok=True)
     plots.write(out / "pixel_latent.json", json.dumps(found, indent=1) + "\n")
-    some = [0, 9, 18, 26, 30]
-    rows = {name: to_pil(torch.from_numpy(drawn[name][some]).permute(0, 3, 1, 2) / 255) for name in CONFIGS}
-    plots.save(plots.strips(rows, [prompts[k] for k in some], f"{minutes:g} minutes of one core each", "Five prompts drawn by a network trained on latents, "
-               "and by one trained on pixels for the same time.", side=2.2), out / "pixel_latent.png")
+    sheet = contact_sheet(to_signed(np.concatenate([drawn[name][list(SHOWN)] for name in CONFIGS])), columns=len(SHOWN))
+    sheet.save(file := BytesIO(), "PNG")
+    plots.write(out / "pixel_latent.png", file.getvalue())
     print(json.dumps(found, indent=1))
 
 
