@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 import families
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").glob("*.ipynb")) if p.stem[:2] in tuple(f"{n:02}" for n in range(1, 10))]
+NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").glob("*.ipynb")) if p.stem[:2] in tuple(f"{n:02}" for n in range(10))]
 
 
 @pytest.fixture(scope="module")
