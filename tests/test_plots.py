@@ -186,7 +186,8 @@ def test_saved_with_its_words_inside(tmp_path):
     path = plots.save(figure, tmp_path / "new folder" / "sweep é.png")
     image = Image.open(path)
     assert image.format == "PNG" and image.info["Description"] == figure.labkit_alt
-    assert abs(image.width - figure.get_size_inches()[0] * plots.DPI) < 0.2 * plots.DPI
+    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())  # inches
+    assert [abs(side - (inches + 0.16) * plots.DPI) <= 1 for side, inches in zip(image.size, (box.width, box.height))] == [True, True]
 
 
 def test_no_title_is_cut_and_no_margin_is_empty():

@@ -34,7 +34,7 @@ from labkit.samplers import Step
 from labkit.tap import listen
 
 
-CROSS, SELF = 0.2, 0.5  # of the frontier's twelve settings on the shipped model the one with most edits verified, which keeps more than no editing (README)
+CROSS, SELF = 0.2, 0.5  # on the frontier of twelve settings on the shipped model: as many edits verified as without editing, within the noise, and more is kept (README)
 
 
 def edit(

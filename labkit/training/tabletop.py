@@ -119,7 +119,7 @@ PRESETS = {
 }
 
 
-def train(stage: str, folder: str | Path, preset: Preset = Preset(), device: str | None = None) -> None:
+def train(stage: str, folder: str | Path, preset: Preset = PRESETS["tabletop"], device: str | None = None) -> None:
     """Train one stage, or "all" that the preset has and then export, in `folder`; goes on where an earlier run stopped.
 
     "verifier" trains the judge of pictures, which is no part of the model, and leaves it in folder/judge.

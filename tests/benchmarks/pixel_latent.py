@@ -16,7 +16,6 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +31,7 @@ from labkit.samplers import ddim
 from labkit.scenes.prompts import PAIRS
 from labkit.scenes.verify import read, share
 from labkit.schedule import Schedule
-from labkit.training import diffusion, loop
+from labkit.training import diffusion, loop, sheets
 from labkit.training.data import World, contact_sheet, renders, scenes, to_signed
 from labkit.training.tabletop import PRESETS
 
@@ -82,8 +81,7 @@ def main(minutes: float, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plots.write(out / "pixel_latent.json", json.dumps(found, indent=1) + "\n")
     sheet = contact_sheet(to_signed(np.concatenate([drawn[name][list(SHOWN)] for name in CONFIGS])), columns=len(SHOWN))
-    sheet.save(file := BytesIO(), "PNG")
-    plots.write(out / "pixel_latent.png", file.getvalue())
+    plots.write(out / "pixel_latent.png", sheets.png(sheet))
     print(json.dumps(found, indent=1))
 
 

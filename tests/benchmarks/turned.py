@@ -17,7 +17,8 @@ from labkit.scenes.captions import COUNT, OPPOSITE, relations, stands
 from labkit.scenes.render import render_many
 from labkit.scenes.scene import Object, Scene
 from labkit.schedule import q_sample
-from labkit.training.data import SHOWN, TEST_SEED, to_signed
+from labkit.training.data import SHOWN, TEST_SEED
+from labkit.training.evaluate import tensor
 from labkit.training.measures import bootstrap
 
 TIMES, EACH = (500, 700, 900), 48
@@ -68,11 +69,12 @@ def errors(lab, z: torch.Tensor, t: int, captions: list[str]) -> torch.Tensor:
 
 def main(models: list[str]) -> None:
     told = rows()
+    pictures = {kind: tensor(render_many([scene for scene, _, _ in some], workers=1)) for kind, some in told.items()}  # (48, 3, H, W) each
     for model in models:
         lab = labkit.load(model)
         print(f"{model}\n{'turned round':22s}" + "".join(f"{f't = {t}':>38s}" for t in TIMES))
         for kind, some in told.items():
-            z = lab.encode_image(torch.cat([(to_signed(render_many([scene], workers=1)) + 1) / 2 for scene, _, _ in some])).cpu()
+            z = lab.encode_image(pictures[kind]).cpu()
             line = f"{kind:22s}"
             for t in TIMES:
                 true, false = (errors(lab, z, t, [row[k] for row in some]) for k in (1, 2))
