@@ -59,11 +59,13 @@ def test_dtype_that_cannot_work(device, dtype):
         pick_dtype(device, dtype)
 
 
-def test_of_processors_those_with_amx_train_in_bfloat16(monkeypatch):
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
-        assert has_bfloat16("cpu") is has
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch cannot tell
+def test_of_processors_those_with_units_for_it_train_in_bfloat16(monkeypatch):
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
+        assert has_bfloat16("cpu") is (amx or avx)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):  # an older torch cannot tell
+        monkeypatch.delattr(torch.cpu, name, raising=False)
     assert not has_bfloat16("cpu")
     for capability, has in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

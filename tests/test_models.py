@@ -96,6 +96,17 @@ def test_fused_and_explicit_attention_are_the_same(case):
         assert relative(call(), plain) < 1e-5
 
 
+def test_group_norm_is_float32_under_autocast_and_torchs_own_elsewhere():
+    norm, x = strong(layers.GroupNorm(2, 8))[0], randn(2, 8, 4, 4)
+    whole = F.group_norm(x, 2, norm.weight, norm.bias)
+    assert torch.equal(norm(x), whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = x.bfloat16()
+        assert norm(coarse).dtype == torch.float32 and torch.equal(norm(coarse), F.group_norm(coarse.float(), 2, norm.weight, norm.bias))
+        assert torch.equal(norm(x), whole), "what comes in float32 is not rounded on the way"
+    assert norm.bfloat16()(coarse).dtype == torch.bfloat16, "a network in bfloat16 stays in it"
+
+
 def test_causal_attention_never_sees_what_comes_after():
     network, seen = strong(CLIPText(TEXT))[0], []
     with listen(network, {"*.probs": lambda x, name: seen.append(x)}):

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from labkit.models.layers import GroupNorm
+
 
 class ImageTower(nn.Module):
     """tower(image (B, 3, 128, 128) in [-1, 1]) -> (B, dim); tower.features(image) -> four maps from 32x32 down to 4x4."""
@@ -16,7 +18,7 @@ class ImageTower(nn.Module):
         self.dim, self.widths = dim, widths
         self.patch = nn.Conv2d(3, widths[0], 4, stride=4)
         self.halve = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
-        self.norm = nn.ModuleList(nn.GroupNorm(8, o) for o in widths)
+        self.norm = nn.ModuleList(GroupNorm(8, o) for o in widths)
         self.mix = nn.ModuleList(nn.Conv2d(o, o, 3, padding=1) for o in widths)
         self.out = nn.Linear(widths[-1] * 16, dim)
 

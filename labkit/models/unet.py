@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from labkit.errors import LabkitError
 from labkit.models.condition import Condition
 from labkit.models.config import UNetConfig
-from labkit.models.layers import ResnetBlock, SpatialTransformer, TimestepMLP, timestep_embedding
+from labkit.models.layers import GroupNorm, ResnetBlock, SpatialTransformer, TimestepMLP, timestep_embedding
 from labkit.tap import Tap
 
 
@@ -39,7 +39,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(Down(config, level) for level in range(len(widths)))
         self.mid_block = Middle(config)
         self.up_blocks = nn.ModuleList(Up(config, level) for level in reversed(range(len(widths))))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.out = Tap()  # (B, 4, h, w) what is predicted: eps, v or x0
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labkit.errors import LabkitError
 from labkit.models.config import VAEConfig
-from labkit.models.layers import Attention, ResnetBlock
+from labkit.models.layers import Attention, GroupNorm, ResnetBlock
 from labkit.models.unet import Downsample, Upsample
 
 
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList(
             Stage(config, widths[max(i - 1, 0)], w, config.layers_per_block, down=i < len(widths) - 1) for i, w in enumerate(widths))
         self.mid_block = Middle(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         self.mid_block = Middle(config)
         self.up_blocks = nn.ModuleList(
             Stage(config, widths[max(i - 1, 0)], w, config.layers_per_block + 1, up=i < len(widths) - 1) for i, w in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Middle(nn.Module):
         super().__init__()
         width = config.block_out_channels[-1]
         attention = Attention(width, heads=1, qkv_bias=True)
-        attention.group_norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)  # lives here in the checkpoints
+        attention.group_norm = GroupNorm(config.norm_num_groups, width, eps=1e-6)  # lives here in the checkpoints
         self.attentions = nn.ModuleList([attention])
         self.resnets = nn.ModuleList(ResnetBlock(width, width, None, config.norm_num_groups, eps=1e-6) for _ in range(2))
 

@@ -29,11 +29,11 @@ from labkit.training.data import SHOWN, TEST_SEED, World, renders, scenes, write
 from labkit.training.degrade import reconstruct, spoil
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run, write_state
 
-CONFIG = LoopConfig(steps=6500, batch_size=16, lr=2e-3, warmup=100, cooldown=0.36, weight_decay=0.05, ema_decay=0.995, save_every=50)
+CONFIG = LoopConfig(steps=14_000, batch_size=16, lr=2e-3, warmup=100, cooldown=0.4, weight_decay=0.05, ema_decay=0.995, save_every=50)
 WORLD = World(counts=(1, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"))  # all that the verifier is for, and is tested on
-PICTURES, HELD_OUT, RECONSTRUCTED = 12_000, 1500, 3000  # renders to train on; with held-out combinations beside them; of these, also through a VAE
+PICTURES, HELD_OUT, RECONSTRUCTED = 18_000, 2000, 4500  # renders to train on; with held-out combinations beside them; of these, also through a VAE
 HELD_OUT_SEED = TEST_SEED - 3000  # of the first of them
-SMALL = 1800  # steps that see pictures of half the side: a quarter of the work, and most can be learnt from them
+SMALL = 3000  # steps that see pictures of half the side: a quarter of the work, and most can be learnt from them
 MOST = 4  # objects of a scene
 NONE = -100  # the attribute of an object that is not there; cross_entropy leaves it out
 SHIFT = 4  # cells, up to which pictures are moved

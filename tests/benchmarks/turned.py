@@ -31,7 +31,7 @@ def name(obj: Object, how: str = "", plural: str = "") -> str:
 
 def rows() -> dict[str, list[tuple[Scene, str, str]]]:
     """Scenes with a true caption and a false one, by what is turned round."""
-    pool = [scene for scene in (SHOWN.scene(seed) for seed in range(TEST_SEED, TEST_SEED + 1200)) if scene.style == "photo"]
+    pool = [scene for scene in (replace(SHOWN, groups=0.0).scene(seed) for seed in range(TEST_SEED, TEST_SEED + 1200)) if scene.style == "photo"]
     ones = [scene for scene in pool if len(scene.objects) == 1]
     twos = [scene for scene in pool if len(scene.objects) == 2 and scene.objects[0].colour != scene.objects[1].colour and scene.objects[0].shape != scene.objects[1].shape]
     alike = [scene for scene in (replace(SHOWN, groups=1.0).scene(seed) for seed in range(TEST_SEED, TEST_SEED + 200)) if scene.style == "photo"]
