@@ -430,6 +430,21 @@ def test_explicit_attention_trains_the_same_network_and_leaves_it_alone():
     assert not any(tap.active for tap in taps(unet).values())
 
 
+def test_attention_is_explicit_where_that_trains_faster_and_has_room(monkeypatch):
+    unet, cpu = UNet(TINY_UNET), torch.device("cpu")
+
+    def explicit(precision, has, side=16):
+        monkeypatch.setattr(loop, "has_bfloat16", lambda device: has)
+        unet.config = replace(TINY_UNET, sample_size=side)
+        objective = diffusion.NoisePrediction(unet, None, Schedule(), 5.0)
+        with diffusion.attention_for(objective, LoopConfig(steps=1, batch_size=1, lr=1e-3, mixed_precision=precision), cpu):
+            return any(tap.active for tap in taps(unet, "*.probs").values())
+
+    assert explicit("bf16", has=True)
+    assert not explicit("bf16", has=False) and not explicit("no", has=True) and not explicit("bf16", has=True, side=64)
+    assert not any(tap.active for tap in taps(unet).values())
+
+
 def test_latents_of_another_autoencoder_are_not_taken_for_this_ones(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     torch.manual_seed(0)
@@ -712,6 +727,13 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     assert theirs.config.scaling_factor == parts.vae.config.scaling_factor, "the scale that the U-Net knows"
     moved = {name for name, value in theirs.state_dict().items() if not torch.equal(value, plain[name])}
     assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved), moved
+    narrow = replace(TINY_UNET, block_out_channels=(8, 12))
+    tabletop.train("all", tmp_path / "narrow", replace(on, vae=None, unet_config=narrow, diffusion=replace(short, lr=0.0)), "cpu")
+    other = load_pipeline(tmp_path / "narrow" / "model")
+    assert other.unet.config == narrow and not other.unet.conv_out.weight.any(), "a U-Net that is built otherwise begins from nothing"
+    assert parts.unet.conv_out.weight.any()
+    for part in ("vae", "text_encoder"):
+        torch.testing.assert_close(getattr(other, part).state_dict(), getattr(parts, part).state_dict(), rtol=0, atol=0)
     words = replace(on, vae=None, clip=short, course=lessons.Course(((0.0, {"all": 1.0}),)), diffusion=replace(short, lr=0.0))
     tabletop.train("all", tmp_path / "words", words, "cpu")
     spoken = load_pipeline(tmp_path / "words" / "model")

@@ -43,9 +43,9 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He 2018), in float32 under autocast on a CPU too, as torch has it on a GPU: the sums are exact, and bfloat16's kernel is five times slower."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return super().forward(x.float())
 
 

@@ -12,6 +12,7 @@ noisy timesteps x_t is nearly eps itself, so that the error of eps is small howe
 Layout is decided there, and some lessons (lessons.py) are drawn from there.
 Latents do not depend on what is learnt here, so they are computed once.
 """
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from labkit.schedule import Schedule, ScheduleConfig, eps_prediction, q_sample
 from labkit.tap import listen
 from labkit.training.data import Scene, captions, contact_sheet, to_signed
 from labkit.training.lessons import Timetable
-from labkit.training.loop import Player, Recipe, Share
+from labkit.training.loop import LoopConfig, Player, Recipe, Share
 from labkit.training.vae import scale_factor
 
 DROPOUT = 0.1  # of the captions
@@ -76,8 +77,14 @@ def min_snr(schedule: Schedule, gamma: float = 5.0, floor: float = 0.0) -> Tenso
 
 
 def explicit_attention(objective: nn.Module):
-    """A `with` in which all its attention is matrix products and a softmax: trained on a CPU in bfloat16, faster than the fused kernel."""
+    """A `with` in which all its attention is matrix products and a softmax."""
     return listen(objective, {"*.probs": lambda probs, name: None})
+
+
+def attention_for(objective: NoisePrediction, config: LoopConfig, device: torch.device):
+    """A `with` in which its attention is what trains faster: explicit on a CPU in bfloat16, while the probabilities of 32x32 places have room; else the fused kernel."""
+    explicit = device.type == "cpu" and config.autocasts(device) and objective.unet.config.sample_size <= 32
+    return explicit_attention(objective) if explicit else nullcontext()
 
 
 @torch.no_grad()

@@ -53,7 +53,9 @@ def finetune(lab: LatentDiffusion, pictures: Pictures, folder: str | Path, confi
     latents = diffusion.latents(lab.vae, pictures, folder / "latents.safetensors", str(lab.device), lab.vae.config.scaling_factor, batch_size)
     unet = UNet(lab.unet.config)
     unet.load_state_dict(lab.unet.state_dict())
-    trained = run(recipe(lab, unet, pictures, latents), config, folder, lab.device.type, progress)
+    taught = recipe(lab, unet, pictures, latents)
+    with diffusion.attention_for(taught.players[0].objective, config, lab.device):
+        trained = run(taught, config, folder, lab.device.type, progress)
     return with_unet(lab, trained["unet"], folder.name)
 
 

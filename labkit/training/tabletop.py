@@ -3,7 +3,6 @@
 Each stage keeps its state in a folder of its own (runs/tabletop/clip, ...), resumes from there, and reads what it needs of
 the stages before. `export` writes the averaged weights as a model folder that labkit and diffusers open.
 """
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,7 +54,7 @@ class Preset:
     course: Course | None = None  # what the U-Net learns when (training/lessons.py); None: everything, always
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
     name: str = "tabletop"
-    start: str | None = None  # a model folder whose weights are trained on; None: from nothing
+    start: str | None = None  # a model folder whose weights are trained on, the U-Net's if it is built the same; None: from nothing
 
     def __post_init__(self) -> None:
         if self.start is None and None in (self.clip, self.vae):
@@ -96,22 +95,22 @@ PRESETS = {
         pictures=30_000,
         clip=None,
         vae=None,
-        diffusion=LoopConfig(steps=8000, batch_size=64, lr=8e-4, warmup=50, cooldown=0.35, mixed_precision="bf16"),
+        diffusion=LoopConfig(steps=7000, batch_size=64, lr=8e-4, warmup=50, cooldown=0.35, mixed_precision="bf16"),
         floor=1.0,
         course=TWO_AND_MORE,
         start="tabletop",
     ),
-    # some twenty minutes of one core, for laptops (figures in data/README.md): single objects, networks of half the width, attention from 8x8 latents down
+    # some ten minutes of one core, for laptops (figures in data/README.md): a U-Net of half the width, attention from 8x8 latents down, learns single objects
+    # from nothing, as Stable Diffusion's did: between an autoencoder and a text encoder that were there
     "tabletop-mini": Preset(
         world=World(counts=(1,)),
-        pictures=3000,
-        clip=LoopConfig(steps=300, batch_size=32, lr=1e-3, warmup=50),
-        vae=LoopConfig(steps=2000, batch_size=4, lr=2e-3, warmup=100, cooldown=0.4, ema_decay=0.995),
-        vae_loss=VAELoss(perceptual_from=400, adversarial=0.0, full_from=1400),
-        diffusion=LoopConfig(steps=2000, batch_size=16, lr=1e-3, warmup=100, cooldown=0.5, ema_decay=0.995),
+        pictures=6000,
+        clip=None,
+        vae=None,
+        diffusion=LoopConfig(steps=4000, batch_size=16, lr=1e-3, warmup=100, cooldown=0.5, ema_decay=0.995, mixed_precision="bf16"),
         unet_config=replace(TABLETOP_UNET, block_out_channels=(32, 64, 128), cross_attention=(False, True, True)),
-        vae_config=replace(TABLETOP_VAE, block_out_channels=(8, 16, 32, 64), norm_num_groups=4),
         name="tabletop-mini",
+        start="tabletop",
     ),
     # a few minutes from end to end, to see the machinery work; its pictures are coloured blobs
     "smoke": Preset(
@@ -165,16 +164,16 @@ def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
 def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.diffusion.seed)
     vae, start = autoencoder(folder, preset), None if preset.start is None else load_pipeline(preset.start)
-    unet = diffusion.start_quiet(UNet(preset.unet_config)) if start is None else deepcopy(start.unet).train().requires_grad_(True)
+    on = start is not None and start.unet.config == preset.unet_config
+    unet = deepcopy(start.unet).train().requires_grad_(True) if on else diffusion.start_quiet(UNet(preset.unet_config))
     text = deepcopy(start.text_encoder) if preset.clip is None else take(folder / "clip", text_encoder=text_encoder(build_tokenizer()))[0]
     scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
     latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
     shown = scenes(preset.world, 0, preset.pictures)
     timetable = preset.course and Timetable(preset.course, shown, preset.diffusion.steps, preset.schedule.num_train_timesteps)
     recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, preset.gamma, preset.floor, timetable)
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    explicit = on_cpu and preset.diffusion.autocasts(torch.device("cpu"))  # in float32 it is slower
-    with diffusion.explicit_attention(recipe.players[0].objective) if explicit else nullcontext():
+    where = torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    with diffusion.attention_for(recipe.players[0].objective, preset.diffusion, where):
         run(recipe, preset.diffusion, folder / "diffusion", device)
 
 

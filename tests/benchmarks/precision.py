@@ -20,7 +20,7 @@ from labkit.models.vae import VAE
 from labkit.schedule import Schedule
 from labkit.training import loop
 from labkit.training import vae as autoencoding
-from labkit.training.diffusion import NoisePrediction, explicit_attention
+from labkit.training.diffusion import NoisePrediction, attention_for
 from labkit.training.loop import LoopConfig, Player, Recipe, State
 from labkit.training.tabletop import PRESETS
 
@@ -48,10 +48,11 @@ def main() -> None:
         for precision in ("bf16", "no"):
             torch.manual_seed(0)
             player, batch = make()
-            state = State(Recipe([player], batch=None), LoopConfig(steps=100, batch_size=16, lr=1e-4, mixed_precision=precision), Accelerator(cpu=True))
+            config = LoopConfig(steps=100, batch_size=16, lr=1e-4, mixed_precision=precision)
+            state = State(Recipe([player], batch=None), config, Accelerator(cpu=True))
 
-            def step(state=state, player=player, batch=batch, precision=precision) -> None:
-                with explicit_attention(player.objective) if precision == "bf16" and player.name == "unet" else nullcontext()  # as training/tabletop.py has it:
+            def step(state=state, player=player, batch=batch, config=config) -> None:
+                with attention_for(player.objective, config, torch.device("cpu")) if player.name == "unet" else nullcontext():
                     state.step(0, dict(batch))
 
             pair.append(step)
