@@ -244,13 +244,13 @@ def test_labels_are_of_the_pictures():
 
 @SHIPPED
 def test_reader_agrees_with_who_looked():
-    """97 % is the aim for colours and shapes together; what is measured is in the card. Exchanged labels disagree, so the measure can fail."""
+    """97 % is the aim; what is measured is in the card. Exchanged labels disagree, so the measure can fail."""
     from labkit.scenes.verify import read
 
     labels, pictures = agreement.labelled()
     readings = read(pictures)
     found = {name: np.mean(rows) for name, rows in agreement.agreements(labels, readings).items()}
-    assert found["colour and shape"] >= 0.9 and found["light"] >= 0.97 and found["table"] >= 0.9 and found["count"] >= 0.85, found
+    assert all(found[name] >= 0.97 for name in ("colour and shape", "count", "light", "table")), found
     exchanged = agreement.agreements(labels, readings[::-1])
     assert np.mean(exchanged["colour and shape"]) < 0.3
 

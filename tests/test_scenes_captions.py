@@ -103,14 +103,14 @@ def scenes() -> list[Scene]:
     return [scene_from_seed(seed, held_out="any", styles=("photo", "sketch")) for seed in SEEDS]
 
 
-def drawn(detail: str | None = None, whereabouts: float = 0.0, complete: float = 0.0):
+def drawn(detail: str | None = None, whereabouts: float = 0.0, complete: float = 0.0, ordered: float = 0.0):
     rng = np.random.default_rng(11)
-    return ((scene, caption(scene, rng, detail, whereabouts, complete)) for scene in scenes())
+    return ((scene, caption(scene, rng, detail, whereabouts, complete, ordered)) for scene in scenes())
 
 
-@pytest.mark.parametrize("detail, whereabouts, complete", [(None, 0.0, 0.0), (None, 0.6, 0.7), ("bare", 0.3, 1.0)])
-def test_captions_are_true(detail, whereabouts, complete):
-    for scene, said in drawn(detail, whereabouts, complete):
+@pytest.mark.parametrize("chances", [(None, 0.0, 0.0, 0.0), (None, 0.6, 0.7, 0.5), ("bare", 0.3, 1.0, 1.0)])
+def test_captions_are_true(chances):
+    for scene, said in drawn(*chances):
         assert is_true(said.text, scene), (said.text, scene)
         assert is_true(describe(scene).text, scene), (describe(scene).text, scene)
 
@@ -228,11 +228,25 @@ def test_complete_captions_name_every_object(detail):
     assert any(objects != set(range(len(scene.objects))) for objects, scene in named[0.0])
 
 
+def test_ordered_lists_go_from_left_to_right():
+    def in_order(scene, said):
+        """Of a list of single objects, whether each stands right of the one named before; None if it is none."""
+        named = [word.objects for word in said.words if word.kind == "shape"]
+        if any(len(objects) > 1 for objects in named) or any(word.kind == "relation" for word in said.words) or len(named) < 2:
+            return None
+        places = [scene.objects[k].x for (k,) in named]
+        return places == sorted(places)
+
+    found = {ordered: [told for scene, said in drawn("terse", 0.3, 1.0, ordered) if (told := in_order(scene, said)) is not None] for ordered in (0.0, 1.0)}
+    assert len(found[1.0]) > 20 and all(found[1.0])
+    assert 0.1 < np.mean(found[0.0]) < 0.7, "without it any order is as likely"
+
+
 def test_same_seed_same_caption():
     scene = scene_from_seed(3, counts=(3,))
     assert caption(scene, np.random.default_rng(5)) == caption(scene, np.random.default_rng(5))
     rngs = [np.random.default_rng(6) for _ in range(2)]
-    assert [caption(scene, rngs[0]) for _ in range(9)] == [caption(scene, rngs[1], whereabouts=0.0, complete=0.0) for _ in range(9)], "what is not asked for draws nothing"
+    assert [caption(scene, rngs[0]) for _ in range(9)] == [caption(scene, rngs[1], whereabouts=0.0, complete=0.0, ordered=0.0) for _ in range(9)], "what is not asked for draws nothing"
     assert describe(scene) == describe(scene)
 
 

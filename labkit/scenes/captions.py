@@ -111,12 +111,13 @@ class _Line:
         return Caption(text, tuple(words))
 
 
-def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, whereabouts: float = 0.0, complete: float = 0.0) -> Caption:
+def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, whereabouts: float = 0.0, complete: float = 0.0, ordered: float = 0.0) -> Caption:
     """Draw a true caption: "terse" is the shape with one attribute or two, "full" names nearly everything; None draws one of "terse", "medium", "full".
 
     "bare" names things by their shapes alone, but for groups that are told apart by more.
     `whereabouts` is the chance that a list of objects also says where they stand: "a red sphere on the left and a cube behind".
     `complete` is the chance that no object is left out, as terse captions and relations of two among more otherwise do.
+    `ordered` is the chance that a list names its objects from left to right, as `describe` does and people often do; otherwise they come as they come.
     """
     if detail is not None and detail not in DETAILS:
         raise LabkitError(f"detail {detail!r} is unknown; choose one of {', '.join(DETAILS)} or None")
@@ -124,7 +125,7 @@ def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None, w
         raise LabkitError("a scene without objects has no caption; add an object")
     detail = detail or ("terse", "medium", "full")[int(np.searchsorted((0.40, 0.75), rng.random()))]
     for attempt in range(20):
-        line = _compose(scene, rng, detail if attempt < 10 else "terse", whereabouts, complete)
+        line = _compose(scene, rng, detail if attempt < 10 else "terse", whereabouts, complete, ordered)
         if len(line.tokens) <= MAX_WORDS:
             return line.finish()
     raise AssertionError("a terse caption always fits")
@@ -233,7 +234,7 @@ def _beyond(a: Object, b: Object, word: str) -> bool:
     return {"left": a.x < b.x, "right": a.x > b.x, "front": a.y < b.y, "behind": a.y > b.y}[word]
 
 
-def _compose(scene: Scene, rng, detail: str, whereabouts: float, complete: float) -> _Line:
+def _compose(scene: Scene, rng, detail: str, whereabouts: float, complete: float, ordered: float) -> _Line:
     """One sentence, whatever its length."""
     line, count = _Line(), len(scene.objects)
     whole = complete > 0 and rng.random() < complete
@@ -257,6 +258,8 @@ def _compose(scene: Scene, rng, detail: str, whereabouts: float, complete: float
         # A terse or bare caption may leave objects out; the others name all there are.
         share = int(rng.integers(1, count + 1)) if detail in ("bare", "terse") and not whole else count
         chosen = [int(k) for k in rng.permutation(count)[:share]]
+        if ordered > 0 and rng.random() < ordered:
+            chosen.sort(key=lambda k: scene.objects[k].x)
         located = whereabouts > 0 and rng.random() < whereabouts
         for i, k in enumerate(chosen):
             if i:

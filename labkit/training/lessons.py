@@ -32,6 +32,7 @@ class Lesson:
     details: tuple[str | None, ...] = (None,)  # each as often; None is any but "bare"
     whereabouts: float = 0.0  # chances, as in `caption`
     complete: float = 0.0
+    ordered: float = 0.0
 
     def __post_init__(self) -> None:
         if not set(self.says) <= set(KINDS) or not 0 <= self.t[0] < self.t[1] <= 1:
@@ -45,7 +46,7 @@ class Lesson:
     def caption(self, scene: Scene, rng: np.random.Generator) -> str:
         """A true caption of it, worded as the lesson has it."""
         for _ in range(TRIES if self.says else 1):
-            said = caption(scene, rng, self.details[int(rng.integers(len(self.details)))], self.whereabouts, self.complete)
+            said = caption(scene, rng, self.details[int(rng.integers(len(self.details)))], self.whereabouts, self.complete, self.ordered)
             if any(word.kind in self.says for word in said.words):
                 break
         return said.text
@@ -53,13 +54,13 @@ class Lesson:
 
 PLAIN = ("terse", "terse", "bare", "medium")
 LESSONS = {
-    "all": Lesson(whereabouts=0.3, complete=0.7),
-    "early": Lesson(whereabouts=0.3, complete=0.7, t=(0.5, 0.95)),  # layout is decided there; choosing where to look is Esser et al. 2024, section 3.1
+    "all": Lesson(whereabouts=0.3, complete=0.7, ordered=0.9),
+    "early": Lesson(whereabouts=0.3, complete=0.7, ordered=0.9, t=(0.5, 0.95)),  # layout is decided there; choosing where to look is Esser et al. 2024, section 3.1
     "place": Lesson(("whereabouts",), (1,), t=(0.5, 1.0), details=PLAIN, whereabouts=1.0),
     "places": Lesson(("whereabouts", "relation"), (2,), alike=False, t=(0.5, 1.0), details=("terse",), whereabouts=1.0, complete=1.0),
     "relation": Lesson(("relation",), (2,), alike=False, t=(0.4, 1.0), details=PLAIN, complete=1.0),
     "number": Lesson(("count",), (2, 3, 4), alike=True, t=(0.3, 1.0), details=PLAIN, complete=1.0),
-    "two": Lesson((), (2,), alike=False, t=(0.2, 1.0), details=("bare", "terse"), complete=1.0),
+    "two": Lesson((), (2,), alike=False, t=(0.2, 1.0), details=("bare", "terse"), complete=1.0, ordered=0.9),
     "material": Lesson(("material",), (1,), t=(0.3, 0.75), details=("terse", "medium", "medium", "full"), complete=1.0),
 }
 

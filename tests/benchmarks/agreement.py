@@ -2,8 +2,8 @@
 
     python tests/benchmarks/agreement.py
 
-tests/labelled/pictures.png holds the pictures (ten by ten, 128 pixels each, drawn by the first shipped model for prompts of the evaluation), labels.json
-what was seen: objects with the place of their middle, colour and shape, null where one cannot say; `torn` where parts of a picture are no object, so that
+tests/labelled/pictures.png holds the pictures (ten by ten, 128 pixels each, drawn by the weights of the fifth run for prompts of the evaluation),
+labels.json what was seen: objects with the place of their middle, colour and shape, null where one cannot say, as of bodies with the outline of a cube and the round top of a cylinder; `torn` where parts of a picture are no object, so that
 there is no number of objects to agree on; light and table. A labelled object is compared with the read one whose mask's middle is nearest; none within
 16 pixels is a disagreement.
 """

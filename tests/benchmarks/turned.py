@@ -35,7 +35,7 @@ def rows() -> dict[str, list[tuple[Scene, str, str]]]:
     ones = [scene for scene in pool if len(scene.objects) == 1]
     twos = [scene for scene in pool if len(scene.objects) == 2 and scene.objects[0].colour != scene.objects[1].colour and scene.objects[0].shape != scene.objects[1].shape]
     alike = [scene for scene in (replace(SHOWN, groups=1.0).scene(seed) for seed in range(TEST_SEED, TEST_SEED + 200)) if scene.style == "photo"]
-    found = {kind: [] for kind in ("one on a side", "two on sides", "left of, right of", "in front of, behind", "colours exchanged", "rubber, metal", "two, three, four")}
+    found = {kind: [] for kind in ("one on a side", "two on sides", "left of, right of", "in front of, behind", "colours exchanged", "one shape twice", "rubber, metal", "two, three, four")}
     for scene in ones:
         obj, side = scene.objects[0], stands(scene.objects[0])
         if side in ("left", "right"):
@@ -48,6 +48,7 @@ def rows() -> dict[str, list[tuple[Scene, str, str]]]:
                 found["two on sides"].append((scene, *(f"{name(a)} on the {x} and {name(b)} on the {y}" for x, y in (("left", "right"), ("right", "left")))))
                 found["left of, right of"].append((scene, *(f"{name(a)} {side} of {name(b)}" for side in ("left", "right"))))
                 swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
+                found["one shape twice"].append((scene, *(f"a {a.shape} and a {x}" for x in (b.shape, a.shape))))
                 found["colours exchanged"].append((scene, *(f"{name(x)} and {name(y)}" for x, y in ((a, b), swapped))))
             if "front" in relations(scene, i, j):
                 found["in front of, behind"].append((scene, *(f"{name(a)} {side} {name(b)}" for side in ("in front of", "behind"))))
