@@ -85,6 +85,22 @@ def test_scenes_are_those_of_the_seeds_and_never_held_out():
     assert dataclasses.replace(WORLD, counts=(2,)).scene(0).objects[1]
 
 
+def test_groups_may_have_to_be_apart():
+    from labkit.scenes.camera import screen_box
+    from labkit.scenes.scene import _hidden
+
+    def most(scene):
+        boxes = [(obj, screen_box(scene.camera(), obj)) for obj in scene.objects]
+        return max(_hidden(obj, box, boxes) for obj, box in boxes)
+
+    close, apart = World(counts=(1, 2, 3, 4), groups=1.0), World(counts=(1, 2, 3, 4), groups=1.0, hidden=0.05)
+    many = scenes(apart, 0, 150)
+    assert all(most(scene) < 0.05 for scene in many) and sum(most(scene) > 0.1 for scene in scenes(close, 0, 150)) > 60
+    numbers = [sum(len(scene.objects) == n for scene in many) for n in (2, 3, 4)]
+    assert sum(numbers) == 150 and min(numbers) > 30, "four are hard to place, and as many all the same"
+    assert all(len({(obj.shape, obj.colour) for obj in scene.objects}) == 1 for scene in many) and close.name != apart.name
+
+
 def test_captions_fit_the_text_encoder_and_vary():
     tokenizer, rng = build_tokenizer(), np.random.default_rng(0)
     for scene in scenes(World(counts=(1, 2, 3, 4), styles=("photo", "sketch")), 0, 150):

@@ -215,6 +215,8 @@ def test_the_pictures_that_are_looked_through_are_those_the_model_was_trained_on
     assert memorisation.world_of(lab, 20) == data.World(counts=(1, 1, 2), styles=("photo",))
     lab.metadata["training"]["groups"] = 0.25
     assert memorisation.world_of(lab, 20) == data.World(counts=(1, 1, 2), styles=("photo",), groups=0.25)
+    lab.metadata["training"]["hidden"] = 0.05
+    assert memorisation.world_of(lab, 20) == data.World(counts=(1, 1, 2), styles=("photo",), groups=0.25, hidden=0.05)
     with pytest.raises(LabkitError, match="was trained on 20 pictures, and 21 are to be looked through: give --audit 20"):
         memorisation.world_of(lab, 21)
     with pytest.raises(LabkitError, match="does not say what it was trained on"):

@@ -699,7 +699,7 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     assert parts.name == "mine" and (tmp_path / "model" / "SHA256SUMS").exists() and (tmp_path / "model" / "image_tower" / "model.safetensors").exists()
     lab = LatentDiffusion(parts.unet, parts.vae, parts.text_encoder, parts.tokenizer, parts.schedule_config, parts.name, parts.metadata)
     assert lab.generate("a red sphere", steps=2, progress=False).image.size == (128, 128)
-    assert lab.metadata["training"] == {"counts": [1], "styles": ["photo"], "groups": 0.0, "pictures": 12}
+    assert lab.metadata["training"] == {"counts": [1], "styles": ["photo"], "groups": 0.0, "hidden": 0.4, "pictures": 12}
     with pytest.raises(LabkitError, match="does not know 'dog'"):
         lab.generate("a dog", progress=False)
     sheets = {path.parent.name for path in tmp_path.glob("*/sheet-000002.png")}

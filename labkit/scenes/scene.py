@@ -35,6 +35,7 @@ STYLES = ("photo", "sketch")
 HELD_OUT = ("exclude", "only", "any")
 COUNT_WEIGHTS = {1: 0.35, 2: 0.30, 3: 0.20, 4: 0.15}
 
+HIDDEN = 0.40  # of an object's box on the screen, what nearer ones may cover at most
 SCALE = {"small": 0.62, "large": 1.0}
 # (half width of the footprint, height) of the large solid; a cube's half width is half its side.
 SOLID = {"sphere": (0.64, 1.28), "cube": (0.50, 1.00), "cylinder": (0.50, 1.12), "cone": (0.62, 1.30)}
@@ -131,8 +132,9 @@ def sample_scene(
     held_out: str = "exclude",
     styles: Sequence[str] = ("photo",),
     alike: bool = False,
+    hidden: float = HIDDEN,
 ) -> Scene:
-    """Draw a scene whose objects are in frame, do not touch, and hide less than half of each other.
+    """Draw a scene whose objects are in frame, do not touch, and hide less than half of each other, or less than `hidden` of an object's box.
 
     weights: relative frequencies by attribute, e.g. {"count": {1: 2, 4: 1}, "light": {"night": 0}}; what is not named
     weighs 1 (counts: COUNT_WEIGHTS). held_out: "exclude" for training, "only" for the generalisation test, or "any".
@@ -156,7 +158,7 @@ def sample_scene(
         scene = _with_view(rng, Scene(tuple(objects), table=table, light=light, style=style))
         if held_out != "any" and is_held_out(scene) != (held_out == "only"):
             continue
-        placed = _place(rng, scene)
+        placed = _place(rng, scene, hidden)
         if placed is not None:
             return placed
     raise LabkitError(f"no scene found in 1000 tries with held_out={held_out!r}, counts={tuple(counts)}; loosen them")
@@ -230,7 +232,7 @@ def _azimuth(rng, light: str) -> float:
     return math.pi + forward if rng.random() < 0.6 else -forward
 
 
-def _place(rng, scene: Scene, tries: int = 40) -> Scene | None:
+def _place(rng, scene: Scene, hidden: float = HIDDEN, tries: int = 40) -> Scene | None:
     """Give the objects places one by one; None where they do not fit."""
     camera, placed = scene.camera(), []
     across, near, far = (0.75, -0.6, 0.8) if len(scene.objects) == 1 else (1.3, -1.2, 1.4)
@@ -239,7 +241,7 @@ def _place(rng, scene: Scene, tries: int = 40) -> Scene | None:
         for _ in range(tries):
             candidate = replace(obj, x=round(rng.uniform(-across, across), 4), y=round(rng.uniform(near, far), 4))
             box = screen_box(camera, candidate)
-            if _fits(candidate, box, placed, boxes):
+            if _fits(candidate, box, placed, boxes, hidden):
                 placed.append(candidate)
                 boxes.append(box)
                 break
@@ -248,7 +250,7 @@ def _place(rng, scene: Scene, tries: int = 40) -> Scene | None:
     return replace(scene, objects=tuple(placed))
 
 
-def _fits(obj: Object, box: tuple, placed: list[Object], boxes: list[tuple]) -> bool:
+def _fits(obj: Object, box: tuple, placed: list[Object], boxes: list[tuple], hidden: float = HIDDEN) -> bool:
     """In frame, clear of the others on the table, apart by direction, and neither hidden nor hiding too much."""
     if min(box) < 0.02 or max(box) > 0.98:
         return False
@@ -257,7 +259,7 @@ def _fits(obj: Object, box: tuple, placed: list[Object], boxes: list[tuple]) -> 
         if math.hypot(dx, dy) < obj.reach + other.reach + 0.12 or (dx < 0.5 and dy < 0.7):
             return False
     return all(
-        _hidden(one, one_box, [*zip(placed, boxes), (obj, box)]) < 0.40 for one, one_box in [*zip(placed, boxes), (obj, box)]
+        _hidden(one, one_box, [*zip(placed, boxes), (obj, box)]) < hidden for one, one_box in [*zip(placed, boxes), (obj, box)]
     )
 
 

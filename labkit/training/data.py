@@ -17,7 +17,7 @@ from labkit.errors import LabkitError
 from labkit.models.whole import whole_file
 from labkit.scenes.captions import caption
 from labkit.scenes.render import render_many
-from labkit.scenes.scene import Scene, scene_from_seed
+from labkit.scenes.scene import HIDDEN, Scene, scene_from_seed
 
 SHARD = 500  # pictures per file: 24 MiB
 TEST_SEED = 10_000_000  # seeds from here on are never trained on
@@ -30,16 +30,20 @@ class World:
     counts: tuple[int, ...] = (1, 1, 2)  # each weighs what scene.COUNT_WEIGHTS says, twice what is named twice
     styles: tuple[str, ...] = ("photo",)
     groups: float = 0.0  # share of the scenes that show two or more objects, every number as often, all of one shape and colour
+    hidden: float = HIDDEN  # of the box of one of a group, what others cover at most: what is to be counted may have to be apart
 
     def scene(self, seed: int) -> Scene:
         several = sorted({count for count in self.counts if count > 1})
-        if several and self.groups and np.random.default_rng([seed, 1]).random() < self.groups:
-            return scene_from_seed(seed, counts=several, styles=self.styles, alike=True, weights={"count": dict.fromkeys(several, 1.0)})
+        rng = np.random.default_rng([seed, 1])
+        if several and self.groups and rng.random() < self.groups:
+            if self.hidden != HIDDEN:  # four are hard to place: a number that is drawn stays, or there would be few of them
+                several = [several[int(rng.integers(len(several)))]]
+            return scene_from_seed(seed, counts=several, styles=self.styles, alike=True, hidden=self.hidden, weights={"count": dict.fromkeys(several, 1.0)})
         return scene_from_seed(seed, counts=self.counts, styles=self.styles)
 
     @property
     def name(self) -> str:
-        return "-".join([*map(str, self.counts), *self.styles, *([f"groups{self.groups:g}"] if self.groups else [])])
+        return "-".join([*map(str, self.counts), *self.styles, *([f"groups{self.groups:g}"] if self.groups else []), *([f"hidden{self.hidden:g}"] if self.hidden != HIDDEN else [])])
 
 
 SHOWN = World(counts=(1, 1, 2, 2, 3, 4), styles=("photo", "photo", "photo", "photo", "sketch"), groups=0.35)  # what the shipped model and the reader were last trained on

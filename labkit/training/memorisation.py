@@ -33,7 +33,7 @@ def world_of(lab, pictures: int) -> World:
         raise LabkitError(f"the model {lab.name} does not say what it was trained on (\"training\" in labkit.json): leave --audit away")
     if pictures > said["pictures"]:
         raise LabkitError(f"the model {lab.name} was trained on {said['pictures']} pictures, and {pictures} are to be looked through: give --audit {said['pictures']}")
-    return World(tuple(said["counts"]), tuple(said["styles"]), said.get("groups", 0.0))
+    return World(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items() if name != "pictures"})
 
 
 def audit(generated: np.ndarray, same: np.ndarray, unseen: np.ndarray, trained: tuple[World, int], data: Path) -> dict:
