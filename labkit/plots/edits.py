@@ -108,10 +108,11 @@ def edit_frontier(points: Sequence[dict], title: str = "What the schedules of an
         x, y = [p[across] for p in line], [p[up] for p in line]
         ax.errorbar(x, y, [[b - p["low"] for b, p in zip(y, line)], [p["high"] - b for b, p in zip(y, line)]], color=colour, marker=marker, ms=9, lw=2, elinewidth=1, alpha=0.9, label=f"{share:.0%}")
         for p, a, b in zip(line, x, y):
-            ax.annotate(f"{p['cross']:.0%}", (a, b), xytext=(7, 7), textcoords="offset points", fontsize=SMALL, color=colour)
+            dx, dy, side = ((7, 7, "left"), (-8, -18, "right"))[n % 2]  # neighbouring lines have their numbers on either side
+            ax.annotate(f"{p['cross']:.0%}", (a, b), xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=SMALL, color=colour)
     for p in named:
         ax.plot(p[across], p[up], marker="*", ms=18, color="black", ls="none")
-        ax.annotate(p["name"], (p[across], p[up]), xytext=(12, -5), textcoords="offset points", fontsize=SMALL)
+        ax.annotate(p["name"], (p[across], p[up]), xytext=(0, 20), textcoords="offset points", ha="center", fontsize=SMALL)
     ax.set_title(title, fontsize=TITLE)
     ax.set_xlabel("PSNR outside of the changed region, against the source (dB): more of the source stays →", fontsize=LABEL)
     ax.set_ylabel("verified edits: more of the edit is there ↑", fontsize=LABEL)

@@ -56,7 +56,7 @@ def perceptual(tower: ImageTower, x: Tensor, y: Tensor) -> Tensor:
 class Reconstruction(nn.Module):
     """The autoencoder's objective. Leaves its reconstruction in the batch for the discriminator."""
 
-    def __init__(self, vae: VAE, tower: ImageTower, discriminator: PatchDiscriminator, loss: VAELoss) -> None:
+    def __init__(self, vae: VAE, tower: ImageTower, discriminator: PatchDiscriminator | None, loss: VAELoss) -> None:
         super().__init__()
         self.vae, self.weights = vae, loss
         self.helpers = [tower, discriminator]  # in a list, so that they are not this module's parameters
@@ -64,7 +64,6 @@ class Reconstruction(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         x, w, step = batch["image"], self.weights, batch["step"]
         tower, discriminator = self.helpers
-        discriminator.requires_grad_(False)  # it learns in its own turn
         q = self.vae.encode(x)
         q = DiagonalGaussian(q.mean.float(), q.logvar.float())  # in mixed precision sums would be too coarse
         y = batch["reconstruction"] = self.vae.decode(q.sample(batch["noise"])).float()  # (B, 3, H, W)
@@ -74,7 +73,8 @@ class Reconstruction(nn.Module):
         if step >= w.perceptual_from:
             out["perceptual"] = perceptual(tower.to(x.device), x, y)
             loss = loss + w.perceptual * out["perceptual"]
-        if w.adversarial and step >= w.adversarial_from:
+        if discriminator and step >= w.adversarial_from:
+            discriminator.requires_grad_(False)  # it learns in its own turn
             adversarial = -discriminator(y).mean()
             last = self.vae.decoder.conv_out.weight
             ratio = grad_norm(loss, last) / (grad_norm(adversarial, last) + 1e-4)
@@ -104,7 +104,7 @@ def grad_norm(loss: Tensor, weight: Tensor) -> Tensor:
 
 def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAELoss()) -> Recipe:
     """Pictures (N, 128, 128, 3) uint8; the last 8 are kept for the sheet of reconstructions. Without an adversarial weight the autoencoder plays alone."""
-    discriminator, on_gpu = PatchDiscriminator(), torch.cuda.is_available()  # so few channels are faster in planes on a CPU
+    discriminator, on_gpu = PatchDiscriminator() if loss.adversarial else None, torch.cuda.is_available()  # so few channels are faster in planes on a CPU
     tower.eval().requires_grad_(False)
 
     def batch(step: int, share: Share) -> dict:
@@ -124,9 +124,10 @@ def recipe(vae: VAE, tower: ImageTower, images: np.ndarray, loss: VAELoss = VAEL
             y = modules["vae"].decode(modules["vae"].encode(x.to(device)).mean).cpu()
         return contact_sheet(torch.cat([x, y]), columns=8)
 
-    judge = Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu)
-    player = Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu)
-    return Recipe([player, judge] if loss.adversarial else [player], batch, sheet)
+    players = [Player("vae", Reconstruction(vae, tower, discriminator, loss), {"vae": vae}, channels_last=on_gpu)]
+    if discriminator:
+        players.append(Player("discriminator", Discrimination(discriminator, loss.adversarial_from), {"discriminator": discriminator}, betas=(0.5, 0.9), channels_last=on_gpu))
+    return Recipe(players, batch, sheet)
 
 
 @torch.no_grad()
