@@ -74,9 +74,8 @@ ONE_BY_ONE = Course((  # where things stand, of what they are, how many; then al
     (0.55, {"all": 0.35, "early": 0.1, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "place": 0.05}),
 ))
 TWO_AND_MORE = Course((  # on from there: of two shapes one was drawn twice, and of three or four too many
-    (0.0, {"two": 0.45, "number": 0.3, "places": 0.05, "material": 0.05, "all": 0.15}),
-    (0.35, {"two": 0.3, "number": 0.3, "relation": 0.1, "material": 0.1, "all": 0.2}),
-    (0.6, {"all": 0.35, "early": 0.1, "two": 0.2, "number": 0.15, "relation": 0.1, "material": 0.05, "place": 0.05}),
+    (0.0, {"number": 0.4, "two": 0.3, "relation": 0.05, "places": 0.05, "material": 0.05, "all": 0.15}),
+    (0.6, {"all": 0.3, "early": 0.1, "two": 0.2, "number": 0.25, "relation": 0.08, "material": 0.05, "place": 0.02}),
 ))
 FROM_NOTHING = Course(((0.0, {"all": 1.0}), *((0.5 + begin / 2, shares) for begin, shares in ONE_BY_ONE.plan)))
 
@@ -95,7 +94,7 @@ PRESETS = {
         pictures=30_000,
         clip=None,
         vae=None,
-        diffusion=LoopConfig(steps=7000, batch_size=64, lr=8e-4, warmup=50, cooldown=0.35, mixed_precision="bf16"),
+        diffusion=LoopConfig(steps=11_500, batch_size=64, lr=8e-4, warmup=50, cooldown=0.35, mixed_precision="bf16"),
         floor=1.0,
         course=TWO_AND_MORE,
         start="tabletop",
