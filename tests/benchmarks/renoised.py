@@ -41,7 +41,8 @@ def told() -> dict[str, list[tuple[Scene, str]]]:
 def outcome(what: str, seen: Scene, true: Scene) -> str:
     """What became of it, in a word."""
     if what == "number":
-        return ("as told", "too many", "too few")[(d > 0) - (d < 0) if (d := len(seen.objects) - len(true.objects)) else 0]
+        more = len(seen.objects) - len(true.objects)
+        return "too many" if more > 0 else "too few" if more < 0 else "as told"
     there, wanted = Counter(obj.shape for obj in seen.objects), Counter(obj.shape for obj in true.objects)
     return "as told" if not wanted - there else "another number" if len(seen.objects) != 2 else "other shapes"
 
