@@ -11,8 +11,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
-import torch
-
 import labkit
 from labkit.scenes.captions import COUNT
 from labkit.scenes.render import render_many
@@ -20,13 +18,14 @@ from labkit.scenes.scene import Scene
 from labkit.scenes.verify import read
 from labkit.training.data import SHOWN, TEST_SEED
 from labkit.training.evaluate import tensor
+from labkit.training.tabletop import PRESETS
 
 TIMES, STEPS, EACH = (500, 600, 700, 800, 900), 20, 100
 
 
 def told() -> dict[str, list[tuple[Scene, str]]]:
     """Scenes with their captions, by what is asked of them."""
-    groups = [replace(SHOWN, groups=1.0, hidden=0.05).scene(seed) for seed in range(TEST_SEED, TEST_SEED + 4 * EACH)]
+    groups = [replace(PRESETS["further"].world, groups=1.0).scene(seed) for seed in range(TEST_SEED, TEST_SEED + 4 * EACH)]
     pairs = [replace(SHOWN, counts=(2,), groups=0.0).scene(seed) for seed in range(TEST_SEED, TEST_SEED + 4 * EACH)]
     found = {"number": [], "shapes": []}
     for scene in groups:
@@ -49,17 +48,16 @@ def outcome(what: str, seen: Scene, true: Scene) -> str:
 
 def main(models: list[str]) -> None:
     rows = told()
+    pictures = {what: tensor(render_many([scene for scene, _ in some], workers=1)) for what, some in rows.items()}  # (100, 3, H, W) each
     for model in models:
         lab = labkit.optimize(labkit.load(model))
         print(model)
         for what, some in rows.items():
-            pictures = tensor(render_many([scene for scene, _ in some], workers=1))  # (100, 3, H, W)
             for t in TIMES:
-                drawn = labkit.image_to_image(lab, [caption for _, caption in some], pictures, strength=t / 1000, steps=STEPS, guidance=1.0, seed=list(range(EACH)), progress=False)
+                drawn = labkit.image_to_image(lab, [caption for _, caption in some], pictures[what], strength=t / 1000, steps=STEPS, guidance=1.0, seed=list(range(EACH)), progress=False)
                 came = Counter(outcome(what, seen, scene) for seen, (scene, _) in zip(read(drawn.images), some))
                 print(f"  {what}, t = {t}: " + ", ".join(f"{k} {n}" for k, n in came.most_common()), flush=True)
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main(sys.argv[1:] or ["tabletop"])
+    main(sys.argv[1:] or ["tabletop"])
