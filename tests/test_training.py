@@ -26,6 +26,7 @@ from labkit.schedule import Schedule, ScheduleConfig, q_sample
 from labkit.tap import taps
 from labkit.training import clip, data, diffusion, lessons, loop, tabletop, vae
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
+from labkit.training.widen import widen
 
 CONFIG = LoopConfig(steps=10, batch_size=4, lr=1e-2, warmup=3, save_every=4, ema_decay=0.9)
 CPU = Share(0, 1, 4, 0, torch.device("cpu"))
@@ -732,6 +733,10 @@ def test_all_stages_from_nothing_to_a_model_that_draws(tmp_path, monkeypatch):
     other = load_pipeline(tmp_path / "narrow" / "model")
     assert other.unet.config == narrow and not other.unet.conv_out.weight.any(), "a U-Net that is built otherwise begins from nothing"
     assert parts.unet.conv_out.weight.any()
+    wide = replace(TINY_UNET, block_out_channels=(16, 32))
+    tabletop.train("all", tmp_path / "wide", replace(on, vae=None, unet_config=wide, diffusion=replace(short, lr=0.0)), "cpu")
+    grown, expected = load_pipeline(tmp_path / "wide" / "model").unet, widen(parts.unet, wide)
+    torch.testing.assert_close(grown.state_dict(), {name: value.half().float() for name, value in expected.state_dict().items()}, rtol=0, atol=0)
     for part in ("vae", "text_encoder"):
         torch.testing.assert_close(getattr(other, part).state_dict(), getattr(parts, part).state_dict(), rtol=0, atol=0)
     words = replace(on, vae=None, clip=short, course=lessons.Course(((0.0, {"all": 1.0}),)), diffusion=replace(short, lr=0.0))

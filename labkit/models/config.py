@@ -108,7 +108,7 @@ SDXL_TEXT_2 = CLIPTextConfig(
 
 # tabletop: small enough to be trained on two CPU cores, built of the same parts in the same order
 TABLETOP_UNET = UNetConfig(
-    block_out_channels=(48, 96, 192),  # at 16x16, 8x8, 4x4 latents: cheap where the places are many, wide where they are few
+    block_out_channels=(96, 192, 256),  # at 16x16, 8x8, 4x4 latents: cheap where the places are many, wide where they are few
     cross_attention=(True, True, False),
     num_attention_heads=(4, 4, 4),
     layers_per_block=1,

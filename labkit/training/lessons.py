@@ -56,6 +56,7 @@ PLAIN = ("terse", "terse", "bare", "medium")
 LESSONS = {
     "all": Lesson(whereabouts=0.3, complete=0.7, ordered=0.9),
     "early": Lesson(whereabouts=0.3, complete=0.7, ordered=0.9, t=(0.5, 0.95)),  # layout is decided there; choosing where to look is Esser et al. 2024, section 3.1
+    "fine": Lesson(whereabouts=0.3, complete=0.7, ordered=0.9, t=(0.0, 0.45)),  # edges; without it these timesteps had a tenth of the sixth run's batches
     "place": Lesson(("whereabouts",), (1,), t=(0.5, 1.0), details=PLAIN, whereabouts=1.0),
     "places": Lesson(("whereabouts", "relation"), (2,), alike=False, t=(0.5, 1.0), details=("terse",), whereabouts=1.0, complete=1.0),
     "relation": Lesson(("relation",), (2,), alike=False, t=(0.4, 1.0), details=PLAIN, complete=1.0),

@@ -30,6 +30,7 @@ from labkit.training.data import SHOWN, World, renders, scenes
 from labkit.training.lessons import LESSONS, Course, Timetable
 from labkit.training.loop import LoopConfig, run
 from labkit.training.measures import load_tower
+from labkit.training.widen import obstacle, widen
 
 STAGES = ("clip", "vae", "diffusion", "decoder")
 
@@ -54,7 +55,7 @@ class Preset:
     course: Course | None = None  # what the U-Net learns when (training/lessons.py); None: everything, always
     guidance: float = 4.0  # the scale that the shipped model uses unless told otherwise
     name: str = "tabletop"
-    start: str | None = None  # a model folder whose weights are trained on, the U-Net's if it is built the same; None: from nothing
+    start: str | None = None  # a model folder whose weights are trained on, the U-Net's if it is built the same or narrower (widen.py); None: from nothing
 
     def __post_init__(self) -> None:
         if self.start is None and None in (self.clip, self.vae):
@@ -73,9 +74,9 @@ ONE_BY_ONE = Course((  # where things stand, of what they are, how many; then al
     (0.41, {"relation": 0.25, "number": 0.25, "two": 0.15, "material": 0.15, "place": 0.05, "places": 0.05, "all": 0.1}),
     (0.55, {"all": 0.35, "early": 0.1, "relation": 0.15, "number": 0.15, "two": 0.1, "material": 0.1, "place": 0.05}),
 ))
-TWO_AND_MORE = Course((  # on from there: of two shapes one was drawn twice, and of three or four too many
-    (0.0, {"number": 0.4, "two": 0.3, "relation": 0.05, "places": 0.05, "material": 0.05, "all": 0.15}),
-    (0.6, {"all": 0.3, "early": 0.1, "two": 0.2, "number": 0.25, "relation": 0.08, "material": 0.05, "place": 0.02}),
+TWO_AND_MORE = Course((  # on from there: of two shapes one was drawn twice, of three or four too many, and cubes were lumps
+    (0.0, {"number": 0.25, "two": 0.2, "fine": 0.25, "relation": 0.05, "material": 0.05, "all": 0.2}),
+    (0.55, {"all": 0.35, "fine": 0.2, "number": 0.2, "two": 0.15, "relation": 0.05, "early": 0.05}),
 ))
 FROM_NOTHING = Course(((0.0, {"all": 1.0}), *((0.5 + begin / 2, shares) for begin, shares in ONE_BY_ONE.plan)))
 
@@ -94,7 +95,7 @@ PRESETS = {
         pictures=30_000,
         clip=None,
         vae=None,
-        diffusion=LoopConfig(steps=11_500, batch_size=64, lr=8e-4, warmup=50, cooldown=0.35, mixed_precision="bf16"),
+        diffusion=LoopConfig(steps=6000, batch_size=64, lr=6e-4, warmup=200, cooldown=0.35, mixed_precision="bf16"),
         floor=1.0,
         course=TWO_AND_MORE,
         start="tabletop",
@@ -163,8 +164,8 @@ def train_vae(folder: Path, preset: Preset, device: str | None) -> None:
 def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     torch.manual_seed(preset.diffusion.seed)
     vae, start = autoencoder(folder, preset), None if preset.start is None else load_pipeline(preset.start)
-    on = start is not None and start.unet.config == preset.unet_config
-    unet = deepcopy(start.unet).train().requires_grad_(True) if on else diffusion.start_quiet(UNet(preset.unet_config))
+    on = start is not None and obstacle(start.unet.config, preset.unet_config) is None
+    unet = widen(start.unet, preset.unet_config) if on else diffusion.start_quiet(UNet(preset.unet_config))
     text = deepcopy(start.text_encoder) if preset.clip is None else take(folder / "clip", text_encoder=text_encoder(build_tokenizer()))[0]
     scale = vae.config.scaling_factor if preset.vae is None else None  # the one that the U-Net knows, or the one to measure
     latents = diffusion.latents(vae, pictures(folder, preset), folder / "latents.safetensors", device, scale)
