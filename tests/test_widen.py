@@ -38,7 +38,7 @@ def test_without_noise_it_predicts_the_same(config, factor):
     assert all(torch.equal(before[name], value) for name, value in unet.state_dict().items()), "the narrow one is not changed"
 
 
-@pytest.mark.parametrize("widths", [(32, 64, 96), (32, 64, 64), (16, 48, 64), (32, 32, 48)])
+@pytest.mark.parametrize("widths", [(32, 64, 96), (32, 64, 72), (16, 48, 64), (16, 40, 48)])
 def test_with_noise_or_uneven_widths_nearly_the_same(widths):
     unet, other = narrow(), tiny.strong(UNet(THREE), seed=5)[0]
     wide = widen(unet, replace(THREE, block_out_channels=widths))
@@ -82,9 +82,18 @@ def test_where_channels_go():
     (replace(THREE, block_out_channels=(16, 24, 48)), "cannot grow"),
     (replace(THREE, block_out_channels=(24, 32, 48)), "a multiple of what it was"),
     (replace(THREE, block_out_channels=(16, 36, 48)), "multiples of 8"),
+    (replace(THREE, block_out_channels=(32, 32, 48)), "differ where they did"),
     (replace(THREE, block_out_channels=(32, 64)), "only these can grow"),
     (replace(THREE, layers_per_block=3), "only these can grow"),
 ])
 def test_what_cannot_grow_is_refused(other, says):
     with pytest.raises(LabkitError, match=says):
         widen(narrow(), other)
+
+
+def test_neighbours_alike_grow_alike():
+    even = replace(THREE, block_out_channels=(16, 16, 48))
+    with pytest.raises(LabkitError, match="differ where they did"):
+        widen(narrow(even), replace(even, block_out_channels=(16, 32, 48)))
+    with torch.no_grad():
+        assert apart(narrow(even)(*seen()), widen(narrow(even), replace(even, block_out_channels=(32, 32, 96)), noise=0.0)(*seen())) < 2e-6

@@ -5,7 +5,8 @@
 
 Net2Net's own copies share what follows among them. Under Adam, whose steps do not feel the size of a gradient, they would stay copies for ever; so here nobody reads a new channel at
 first, and the noise tells it from its pattern. What a network computes over many channels at once must not notice: every group of a GroupNorm and every head of an attention gets its
-share of the new channels, which vary as the old ones do, the frequencies of the old timestep embedding are every second of the new, and queries grow by sqrt(d' / d) where the scores are divided by sqrt(d').
+share of the new channels, which vary as the old ones do, and queries grow by sqrt(d' / d) where the scores are divided by sqrt(d'). The frequencies of a timestep embedding twice as wide are
+the old ones and one more behind each.
 """
 import math
 import re
@@ -40,6 +41,8 @@ def obstacle(narrow: UNetConfig, wide: UNetConfig) -> str | None:
         return f"{wide} differs from {narrow} in more than block_out_channels; only these can grow"
     if b[0] % a[0] or any(m < n or m % groups for n, m in zip(a, b)):
         return f"block_out_channels {a} cannot grow to {b}: give multiples of {groups} (norm_num_groups), none smaller than before, the first a multiple of what it was"
+    if [n == m for n, m in zip(a, a[1:])] != [n == m for n, m in zip(b, b[1:])]:
+        return f"block_out_channels {a} cannot grow to {b}: where neighbours differ a ResNet block has a shortcut with weights; give widths that differ where they did"
     return None
 
 
