@@ -1,6 +1,6 @@
 """Which way of averaging makes the heat map that lies best on its object: ours, the published ones and their parts, on scenes whose masks are known.
 
-    python tests/benchmarks/heatmaps.py [SCENES [MODEL]]         default 100 scenes, tabletop
+    python tests/benchmarks/heatmaps.py [SCENES [MODEL [FILE.json]]]         default 100 scenes, tabletop, no file
 
 Teacher-forced: a scene that was never trained on is rendered and encoded, noised to each of ten timesteps, and the U-Net is shown it with its
 true caption; nothing is drawn, so the object's mask is exact. For every shape and colour word that speaks of one object: the average
@@ -8,7 +8,9 @@ precision of its map as a score of "this pixel is the object", and the IoU of th
 the first half of the scenes, measured on the second. Intervals are 95 %, by bootstrap over scenes. `centre` and `uniform` look at nothing.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -74,7 +76,7 @@ def interval(values: Tensor, of: Tensor) -> tuple[float, float]:
     return means[25], means[974]
 
 
-def main(count: int = 100, model: str = "tabletop") -> None:
+def main(count: int = 100, model: str = "tabletop", out: str | None = None) -> None:
     import numpy as np
 
     lab, everything = labkit.load(model), scenes(World(), TEST_SEED, count)
@@ -96,6 +98,7 @@ def main(count: int = 100, model: str = "tabletop") -> None:
                     score = resize(make(trace, tokens, k).map, (SIDE, SIDE)) if callable(make) else make
                     rows.setdefault((name, word.kind), []).append((start + k, average_precision(score, mask), iou(score, mask, shares)))
     print(f"{lab.name}: {count} scenes, {STEPS} timesteps, teacher-forced")
+    found = []
     for kind in ("shape", "colour"):
         for name in (*methods, *blind):
             of, ap, overlap = zip(*rows[name, kind])
@@ -109,6 +112,9 @@ def main(count: int = 100, model: str = "tabletop") -> None:
                 f"({low_:.3f} to {high_:.3f}) above {float(shares[best]):.2f} of the range   {len(ap)} words",
                 flush=True,
             )
+            found.append({"map": name, "kind": kind, "words": len(ap), "ap": {"value": round(float(ap.mean()), 4), "low": round(low, 4), "high": round(high, 4)}})
+    if out:
+        Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
