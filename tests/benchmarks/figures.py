@@ -1,7 +1,8 @@
-"""The tables that README and the model card have of the shipped weights: measured in one go, kept in data/figures.json, filled in from there.
+"""The tables and pictures that README and the model card have of the shipped weights: measured in one go, kept in data/figures.json and data/pictures, filled in from there.
 
     python tests/benchmarks/figures.py measure [FOLDER]    default runs/figures; hours of two cores; goes on where it stopped
     python tests/benchmarks/figures.py fill [FOLDER]       takes what is measured there, writes the tables anew
+    python tests/benchmarks/figures.py pictures [FOLDER]   takes the figures that were made there, draws the others (the explorer's are taken in a browser)
     python tests/benchmarks/figures.py                     writes the tables anew from what is kept
 
 A table stands between <!-- figures: NAME --> and <!-- end -->. Beside the figures are kept the SHA-256 of the weights' own sums, so that figures of other weights are told from those of the
@@ -12,8 +13,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +88,24 @@ def without(value, names: tuple[str, ...]):
     if isinstance(value, dict):
         return {name: without(one, names) for name, one in value.items() if name not in names}
     return [without(one, names) for one in value] if isinstance(value, list) else value
+
+
+def pictures(out: Path) -> None:
+    """README's pictures, into data/pictures."""
+    import labkit
+    from labkit import plots
+    from PIL import Image
+
+    for source, name in (("grounding/grounding.png", "grounding.png"), ("edits/frontier.png", "frontier.png")):
+        shutil.copyfile(out / source, DATA / "pictures" / name)
+    scale = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["runs"][0]["guidance"]
+    with Image.open(out / "evaluation" / f"w-{scale:g}" / "samples.png") as sheet:
+        sheet.convert("RGB").save(DATA / "pictures" / "samples.jpg", quality=90)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "labkit", "generate", "a red sphere on a checkered table", "--seed", "0", "--out", folder], cwd=ROOT, check=True)
+        shutil.copyfile(Path(folder) / "words.png", DATA / "pictures" / "first_light.png")
+    edit = labkit.optimize(labkit.load("tabletop")).edit("a red sphere on a wooden table", "a red cone on a wooden table", seed=0, blend="changed")
+    plots.save(plots.edit_panels(edit), DATA / "pictures" / "edit.png")
 
 
 # --- fill ---------------------------------------------------------------------------------------------------------
@@ -229,11 +250,8 @@ def fill() -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else ROOT / "runs" / "figures"
-    if sys.argv[1:2] == ["measure"]:
-        measure(folder)
-    elif sys.argv[1:2] == ["fill"]:
-        take(folder)
-    elif sys.argv[1:]:
-        sys.exit(__doc__)
-    if sys.argv[1:2] != ["measure"]:
+    what = {"measure": measure, "fill": take, "pictures": pictures}
+    if sys.argv[1:]:
+        what.get(sys.argv[1], lambda _: sys.exit(__doc__))(folder)
+    if sys.argv[1:2] in ([], ["fill"]):
         fill()
