@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from labkit.models.whole import whole_file
+
 ROOT = Path(__file__).parents[2]
 DATA, KEPT = ROOT / "data", ROOT / "data" / "figures.json"
 DOCUMENTS = (ROOT / "README.md", DATA / "README.md")
@@ -80,7 +82,7 @@ def take(out: Path) -> None:
         if not (out / file).exists():
             sys.exit(f"{out / file} is not there; measure first")
         found[name] = without(json.loads((out / file).read_text(encoding="utf-8")), left)
-    KEPT.write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
+    write(KEPT, json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
 
 def without(value, names: tuple[str, ...]):
@@ -245,7 +247,12 @@ TABLES = {  # name -> how it is written, and of which figures
 def fill() -> None:
     figures = kept()
     for path in DOCUMENTS:
-        path.write_text(filled(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
+        write(path, filled(path.read_text(encoding="utf-8"), figures))
+
+
+def write(path: Path, text: str) -> None:
+    with whole_file(path, overwrite=True) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
