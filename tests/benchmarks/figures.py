@@ -2,7 +2,7 @@
 
     python tests/benchmarks/figures.py measure [FOLDER]    default runs/figures; hours of two cores; goes on where it stopped
     python tests/benchmarks/figures.py fill [FOLDER]       takes what is measured there, writes the tables anew
-    python tests/benchmarks/figures.py pictures [FOLDER]   takes the figures that were made there, draws the others (the explorer's are taken in a browser)
+    python tests/benchmarks/figures.py pictures [FOLDER]   takes the figures that were made there, draws the others (the explorer in Chromium, which must be there)
     python tests/benchmarks/figures.py                     writes the tables anew from what is kept
 
 A table stands between <!-- figures: NAME --> and <!-- end -->. Beside the figures are kept the SHA-256 of the weights' own sums, so that figures of other weights are told from those of the
@@ -108,6 +108,26 @@ def pictures(out: Path) -> None:
         shutil.copyfile(Path(folder) / "words.png", DATA / "pictures" / "first_light.png")
     edit = labkit.optimize(labkit.load("tabletop")).edit("a red sphere on a wooden table", "a red cone on a wooden table", seed=0, blend="changed")
     plots.save(plots.edit_panels(edit), DATA / "pictures" / "edit.png")
+    explorer("a red sphere left of a blue cube", "red", DATA / "pictures" / "explorer_light.jpg")
+
+
+def explorer(prompt: str, word: str, target: Path) -> None:
+    """The explorer's page as a browser shows it, a word kept."""
+    import labkit
+    from playwright.sync_api import sync_playwright
+
+    with labkit.record(lab := labkit.load("tabletop"), latents=True, keep="raw") as trace:
+        lab.generate(prompt, seed=0)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        page = Path(labkit.explore(trace).save(Path(folder) / "explorer.html"))
+        browser = playwright.chromium.launch(executable_path=os.environ.get("LABKIT_CHROMIUM") or shutil.which("chromium"), args=["--no-sandbox", "--disable-dev-shm-usage"])
+        shown = browser.new_page(viewport={"width": 1280, "height": 720}, color_scheme="light")
+        shown.goto(page.as_uri())
+        shown.locator(".labkit-view[data-ready]").first.wait_for()
+        shown.locator(f'[data-word="{word}"]').first.hover()
+        shown.wait_for_timeout(500)
+        shown.screenshot(path=target, type="jpeg", quality=90)
+        browser.close()
 
 
 # --- fill ---------------------------------------------------------------------------------------------------------
