@@ -1,6 +1,6 @@
 """The tables and pictures that README and the model card have of the shipped weights: measured in one go, kept in data/figures.json and data/pictures, filled in from there.
 
-    python tests/benchmarks/figures.py measure [FOLDER]    default runs/figures; hours of two cores; goes on where it stopped
+    python tests/benchmarks/figures.py measure [FOLDER]    default runs/figures, a folder in it for these weights; hours of two cores; goes on where it stopped
     python tests/benchmarks/figures.py fill [FOLDER]       takes what is measured there, writes the tables anew
     python tests/benchmarks/figures.py pictures [FOLDER]   takes the figures that were made there, draws the others (the explorer in Chromium, which must be there)
     python tests/benchmarks/figures.py                     writes the tables anew from what is kept
@@ -60,8 +60,7 @@ def measure(out: Path) -> None:
     """Run the rounds, one after the other; those that are done are passed over. Exits where a command fails."""
     out.mkdir(parents=True, exist_ok=True)
     for number, commands in enumerate(ROUNDS):
-        done = out / f"round-{number}-of-{weights()[:12]}"
-        if done.exists():
+        if (done := out / f"round-{number}").exists():
             continue
         logs = [open(out / f"round-{number}-{k}.txt", "w", encoding="utf-8") for k in range(len(commands))]
         running = []
@@ -69,18 +68,17 @@ def measure(out: Path) -> None:
             said = [part.format(out=out) for part in command]
             print(f"round {number}: {' '.join(said)}", flush=True)
             running.append(subprocess.Popen([sys.executable, *said], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}))
-        for process, log in zip(running, logs):
-            if process.wait():
-                sys.exit(f"round {number} failed; {log.name} says why")
+        if failed := [log.name for process, log in zip(running, logs) if process.wait()]:  # waits for all
+            sys.exit(f"round {number} failed; {failed[0]} says why")
         done.touch()
 
 
 def take(out: Path) -> None:
     """What was measured of the shipped weights, into data/figures.json."""
+    if not all((out / f"round-{number}").exists() for number in range(len(ROUNDS))):
+        sys.exit(f"{out}: not everything is measured of these weights; measure first")
     found = {"weights": weights()}
     for name, (file, left) in PARTS.items():
-        if not (out / file).exists():
-            sys.exit(f"{out / file} is not there; measure first")
         found[name] = without(json.loads((out / file).read_text(encoding="utf-8")), left)
     write(KEPT, json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
@@ -112,7 +110,7 @@ def pictures(out: Path) -> None:
 
 
 def explorer(prompt: str, word: str, target: Path) -> None:
-    """The explorer's page as a browser shows it, a word kept."""
+    """The explorer's page as a browser shows it, the pointer on a word."""
     import labkit
     from playwright.sync_api import sync_playwright
 
@@ -277,6 +275,7 @@ def write(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else ROOT / "runs" / "figures"
+    folder /= weights()[:12]  # parts of a run say which model they are of by its name alone
     what = {"measure": measure, "fill": take, "pictures": pictures}
     if sys.argv[1:]:
         what.get(sys.argv[1], lambda _: sys.exit(__doc__))(folder)
