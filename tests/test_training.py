@@ -26,6 +26,7 @@ from labkit.schedule import Schedule, ScheduleConfig, q_sample
 from labkit.tap import taps
 from labkit.training import clip, data, diffusion, lessons, loop, tabletop, vae
 from labkit.training.loop import LoopConfig, Player, Recipe, Share, run
+from labkit.training.measures import ssim
 from labkit.training.widen import widen
 
 CONFIG = LoopConfig(steps=10, batch_size=4, lr=1e-2, warmup=3, save_every=4, ema_decay=0.9)
@@ -58,8 +59,8 @@ def tiny(stop_step=lambda step, losses: None, poison=None):
     return Recipe([Player("one", Fit(one), {"one": one}), Player("two", Fit(two, -1.0), {"two": two}, lr_factor=0.5)], batch, stop_step=stop_step)
 
 
-def train(recipe, folder, **change):
-    return run(recipe, replace(CONFIG, **change), folder, device="cpu", progress=False)
+def train(recipe, folder, device="cpu", **change):
+    return run(recipe, replace(CONFIG, **change), folder, device=device, progress=False)
 
 
 def saved(folder):
@@ -355,6 +356,16 @@ def test_reconstruction_terms(autoencoder):
     assert "perceptual" not in objective({**batch, "step": 4})
 
 
+def test_structural_term_is_what_ssim_lacks_to_one(autoencoder):
+    objective, _, batch = autoencoding(autoencoder, kl=0.0, structural=0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = objective(batch)
+    x, y = ((batch[name] + 1) / 2 for name in ("image", "reconstruction"))
+    torch.testing.assert_close(out["ssim"], ssim(x, y).mean())  # of pixels in [0, 1], in float32
+    torch.testing.assert_close(out["loss"], (batch["reconstruction"] - batch["image"]).abs().mean() + 0.7 * (1 - out["ssim"]))
+    assert "ssim" not in autoencoding(autoencoder)[0](batch)
+
+
 def test_adaptive_weight_makes_both_gradients_equally_long(autoencoder):
     objective, discriminator, batch = autoencoding(autoencoder, kl=0.0, adversarial_from=5, adversarial=0.3)
     out, last = objective(batch), autoencoder.decoder.conv_out.weight
@@ -602,8 +613,9 @@ def test_scale_factor_gives_sampled_latents_unit_variance():
 
 TWO = """
 import json, torch
+from labkit.device import pick_device
 import test_training as t
-losses, worlds = t.train_diffusion({folder!r})
+losses, worlds = t.train_diffusion({folder!r}, device=None if pick_device().type == "cpu" else "cpu")  # nobody says "cpu" who has nothing else
 if torch.distributed.is_initialized():
     assert torch.distributed.get_backend() == "gloo", torch.distributed.get_backend()
     worlds.append(torch.distributed.get_world_size())
@@ -613,7 +625,7 @@ print("RESULT", json.dumps([losses, worlds]))
 """
 
 
-def train_diffusion(folder):
+def train_diffusion(folder, device="cpu"):
     """Five steps of the true recipe on a tiny network; the losses, and of how many processes each batch was told.
 
     In float64: Adam makes a rounding error of a vanishing gradient as large as the rate, and processors round batches of two and of four differently.
@@ -630,7 +642,7 @@ def train_diffusion(folder):
 
     recipe.batch = doubled
     recipe.stop_step = lambda step, found: losses.append(found["loss"])
-    train(recipe, folder, steps=5, batch_size=4, lr=1e-4)
+    train(recipe, folder, device, steps=5, batch_size=4, lr=1e-4)
     return losses, worlds
 
 

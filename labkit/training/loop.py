@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from labkit.device import has_bfloat16, keep_freed_memory
+from labkit.device import has_bfloat16, keep_freed_memory, pick_device
 from labkit.errors import CheckpointError, LabkitError
 from labkit.models.whole import whole_file
 
@@ -107,7 +107,7 @@ def run(recipe: Recipe, config: LoopConfig, folder: str | Path, device: str | No
         raise LabkitError(f"mixed_precision is {config.mixed_precision!r}: use 'no' or 'bf16'")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = Accelerator(cpu=pick_device(device).type == "cpu")  # told, since without a GPU it would not join its processes
     keep_freed_memory()
     if config.batch_size % accelerator.num_processes:
         raise LabkitError(f"batch_size={config.batch_size} does not divide among {accelerator.num_processes} processes")

@@ -1,6 +1,7 @@
 """Training of the KL autoencoder: reconstruct, look alike, fool a discriminator, stay near a unit Gaussian.
 
     L = |x - x^| + 4 |x - x^|^2 + a P(x, x^) + b KL(q(z|x) || N(0, I)) + c lambda L_adv            LDM (Rombach et al. 2022), section 3.1 and appendix G
+        + d (1 - SSIM(x, x^))                                                                      Zhao et al. 2017, "Loss functions for image restoration"
     lambda = |grad_W (rec)| / |grad_W (adv)|,  W the decoder's last layer            VQGAN (Esser et al. 2021), eq. 7
 
 P compares normalised features of the image tower (what LPIPS does with VGG's). The discriminator judges patches (Isola et al.
@@ -17,6 +18,7 @@ from labkit.models.tower import ImageTower
 from labkit.models.vae import VAE, DiagonalGaussian
 from labkit.training.data import contact_sheet, to_signed
 from labkit.training.loop import Player, Recipe, Share
+from labkit.training.measures import ssim
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class VAELoss:
     perceptual: float = 2.0
     kl: float = 1e-6  # LDM's: per summed nat, with the reconstruction summed too
     adversarial: float = 0.1  # 0: there is no discriminator
+    structural: float = 0.0  # of what SSIM lacks to 1: fine lines count as much as strong ones
     perceptual_from: int = 1200
     adversarial_from: int = 4800
     full_from: int = 1000  # before, four times as many crops of a quarter of the picture: more to see while all is coarse
@@ -70,6 +73,10 @@ class Reconstruction(nn.Module):
         l1, l2, kl = F.l1_loss(y, x), F.mse_loss(y, x), q.kl().sum() / x.numel()  # all per pixel value
         out = {"l1": l1, "kl": kl, "psnr": -10 * torch.log10(l2.detach() / 4)}
         loss = l1 + w.squared * l2 + w.kl * kl
+        if w.structural:
+            with torch.autocast(x.device.type, enabled=False):  # differences of squares
+                out["ssim"] = ssim((x + 1) / 2, (y + 1) / 2).mean()
+            loss = loss + w.structural * (1 - out["ssim"])
         if step >= w.perceptual_from:
             out["perceptual"] = perceptual(tower.to(x.device), x, y)
             loss = loss + w.perceptual * out["perceptual"]
