@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from labkit.checkpoint import load_pipeline, save_pipeline, write_sums
+from labkit.device import pick_device
 from labkit.diffusion import LatentDiffusion
 from labkit.errors import LabkitError
 from labkit.models.clip import CLIPText
@@ -79,13 +80,14 @@ TWO_AND_MORE = Course((  # on from there: of two shapes one was drawn twice, of 
     (0.55, {"all": 0.35, "fine": 0.2, "number": 0.2, "two": 0.15, "relation": 0.05, "early": 0.05}),
 ))
 FROM_NOTHING = Course(((0.0, {"all": 1.0}), *((0.3 + 0.4 * begin, shares) for begin, shares in ONE_BY_ONE.plan), *((0.7 + 0.3 * begin, shares) for begin, shares in TWO_AND_MORE.plan)))
+APART = replace(SHOWN, hidden=0.05)  # what is to be counted hides next to nothing of each other
 FINE = VAELoss(squared=50.0, structural=1.0, perceptual=0.5, adversarial=0.0)  # reconstruct; an opponent makes edges that were not there
 
 
 PRESETS = {
     # the shipped model from nothing, for a GPU: all its runs in one
     "tabletop": Preset(
-        world=replace(SHOWN, hidden=0.05),
+        world=APART,
         vae=LoopConfig(steps=20_000, batch_size=8, lr=1e-3, cooldown=0.5, ema_decay=0.998, mixed_precision="bf16"),
         vae_loss=FINE,
         diffusion=LoopConfig(steps=40_000, batch_size=64, lr=6e-4, cooldown=0.35, mixed_precision="bf16"),
@@ -94,7 +96,7 @@ PRESETS = {
     ),
     # the shipped model, trained on: the autoencoder for what is fine, without an opponent; then the U-Net, made wider, on its latents, which are near those that it knows
     "further": Preset(
-        world=replace(SHOWN, hidden=0.05),
+        world=APART,
         pictures=30_000,
         clip=None,
         vae=LoopConfig(steps=7000, batch_size=8, lr=1e-3, warmup=100, cooldown=0.6, ema_decay=0.998, mixed_precision="bf16"),
@@ -176,8 +178,7 @@ def train_diffusion(folder: Path, preset: Preset, device: str | None) -> None:
     shown = scenes(preset.world, 0, preset.pictures)
     timetable = preset.course and Timetable(preset.course, shown, preset.diffusion.steps, preset.schedule.num_train_timesteps)
     recipe = diffusion.recipe(unet, text, build_tokenizer(), vae, latents, shown, preset.schedule, preset.gamma, preset.floor, timetable)
-    where = torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
-    with diffusion.attention_for(recipe.players[0].objective, preset.diffusion, where):
+    with diffusion.attention_for(recipe.players[0].objective, preset.diffusion, pick_device(device)):
         run(recipe, preset.diffusion, folder / "diffusion", device)
 
 
