@@ -77,7 +77,7 @@ ONE_BY_ONE = Course((  # where things stand, of what they are, how many; then al
 ))
 TWO_AND_MORE = Course((  # on from there: of two shapes one was drawn twice, of three or four too many, and cubes were lumps
     (0.0, {"number": 0.25, "two": 0.25, "fine": 0.25, "relation": 0.05, "material": 0.05, "all": 0.15}),
-    (0.55, {"all": 0.35, "fine": 0.2, "number": 0.2, "two": 0.15, "relation": 0.05, "early": 0.05}),
+    (0.6, {"all": 0.3, "fine": 0.2, "number": 0.25, "two": 0.15, "relation": 0.05, "early": 0.05}),
 ))
 FROM_NOTHING = Course(((0.0, {"all": 1.0}), *((0.3 + 0.4 * begin, shares) for begin, shares in ONE_BY_ONE.plan), *((0.7 + 0.3 * begin, shares) for begin, shares in TWO_AND_MORE.plan)))
 APART = replace(SHOWN, hidden=0.05)  # what is to be counted hides next to nothing of each other
@@ -101,7 +101,7 @@ PRESETS = {
         clip=None,
         vae=LoopConfig(steps=7000, batch_size=8, lr=1e-3, warmup=100, cooldown=0.6, ema_decay=0.998, mixed_precision="bf16"),
         vae_loss=replace(FINE, perceptual_from=0, full_from=0),
-        diffusion=LoopConfig(steps=6000, batch_size=64, lr=6e-4, warmup=200, cooldown=0.35, mixed_precision="bf16"),
+        diffusion=LoopConfig(steps=9800, batch_size=64, lr=6e-4, warmup=200, cooldown=0.3, mixed_precision="bf16"),
         floor=1.0,
         course=TWO_AND_MORE,
         start="tabletop",
