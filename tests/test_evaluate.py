@@ -196,6 +196,7 @@ def test_copies_of_training_pictures_are_found(tmp_path, shards):
     copies = np.clip(trained[3:11].astype(int) + np.random.default_rng(0).integers(-3, 4, trained[3:11].shape), 0, 255).astype(np.uint8)
     found = memorisation.audit(copies, same, unseen, (WORLD, 16), tmp_path)
     assert found["nearer than any two renders of one specification"] == found["nearer than any unseen render"] == 8
+    assert found["unseen renders nearer than those"] < 8 == memorisation.audit(same, same, copies, (WORLD, 16), tmp_path)["unseen renders nearer than those"]
     honest = memorisation.audit(same, same, unseen, (WORLD, 16), tmp_path)
     near = honest["generated, to the nearest training picture"]
     assert near["least"] > 10 * found["generated, to the nearest training picture"]["least"] and near["least"] <= near["1 %"] <= near["median"]

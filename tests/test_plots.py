@@ -106,6 +106,16 @@ def texts(figure) -> list[Text]:
     return [text for text in found if text.get_text()]
 
 
+@pytest.mark.parametrize("strongest", [0.3, 0.2, 0.02])
+def test_a_colour_bar_says_where_its_marks_are(strongest):
+    """The numbers at the marks are not rounded: those of a bar to 20 % stand every 2.5 %."""
+    figure = plots.word_heatmaps(photo(), heatmaps(strength=strongest))
+    FigureCanvasAgg(figure).draw()
+    marks = figure.axes[-1].xaxis
+    said = [float(label.get_text().removesuffix("%")) / 100 for label in marks.get_ticklabels()]
+    assert len(said) > 3 and said == pytest.approx(list(marks.get_ticklocs()), abs=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wide", [False, True])
 def test_legible_on_a_projector_and_nothing_cut_off(kind, wide):

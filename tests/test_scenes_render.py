@@ -203,6 +203,23 @@ def test_tables_and_materials_look_different():
     assert busy[0] > 1.5 * busy[1], "metal mirrors the squares around it"
 
 
+@pytest.mark.parametrize("light", LIGHTS)
+def test_metal_gleams_on_every_face_of_a_drawn_cube(light):
+    """A flat face mirrors one spot: drawn as it is, a metal cube cannot be told from a rubber one."""
+    for angle in (0.1, 0.7, 1.2):
+        for size, colour in (("large", "red"), ("small", "blue"), ("large", "white")):
+            obj = Object("cube", colour, size, "metal", 0.3, 0.2, angle)
+            metal, rubber = (render(Scene((replace(obj, material=material),), style="sketch", light=light), 128) for material in ("metal", "rubber"))
+            inside, normals = metal.masks[0, 0] == 1, metal.normals[0].mul(20).round()  # (3, H, W)
+            faces = [inside & (normals == normal[:, None, None]).all(0) for normal in normals[:, inside].unique(dim=1).T]
+            faces = [face for face in faces if face.sum() > 100]  # not one that is seen from the edge
+            assert len(faces) >= 2
+            for face in faces:
+                white = [(seen.image[0].amin(0)[face] > 0.8).float().mean().item() for seen in (metal, rubber)]
+                assert (metal.image[0] - rubber.image[0])[:, face].abs().mean() > 0.05
+                assert colour == "white" or white[0] > 0.05 and white[1] == 0, (angle, size, colour, white)
+
+
 def test_bad_input_is_explained():
     with pytest.raises(LabkitError, match="at least one scene"):
         render([])

@@ -52,7 +52,7 @@ def edit_panels(edit: "Edit", target: int = 0, seed: int = 0, words: Sequence[st
         image = before if side == "source" else after
         picture(ax, over_grey(image, shares(m.resized(image.height, image.width).numpy())), f"“{plain(m.word)}” in the {side}")
     there = axes[1][1 : 1 + len(maps)]
-    colour_bar(figure, ScalarMappable(shares, tinted()), there, "share of attention\n(one scale for all words)", percent=high - low < 0.05)
+    colour_bar(figure, ScalarMappable(shares, tinted()), there, "share of attention\n(one scale for all words)", percent=True)
     for ax in [*axes[0][2 if edit.masks is None else 3 :], *axes[1][1 + len(maps) :]]:
         ax.set_visible(False)
     figure.labkit_alt = (
@@ -131,12 +131,12 @@ def edit_frontier(points: Sequence[dict], title: str = "What the schedules of an
     return figure
 
 
-def colour_bar(figure: "Figure", mappable, axes: list, label: str, percent: bool | None = None) -> None:
-    """A colour bar under panels, labelled; with `percent` its numbers are shares, one decimal if True."""
+def colour_bar(figure: "Figure", mappable, axes: list, label: str, percent: bool = False) -> None:
+    """A colour bar under panels, labelled; with `percent` its numbers are shares."""
     bar = figure.colorbar(mappable, ax=axes, location="bottom", aspect=20 * len(axes), fraction=0.06, pad=0.03)
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     bar.ax.locator_params(nbins=4)
-    if percent is not None:
-        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if percent else f"{value:.0%}")
+    if percent:
+        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     bar.outline.set_visible(False)

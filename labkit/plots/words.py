@@ -48,7 +48,7 @@ def word_heatmaps(image: Image, heatmaps: Sequence, title: str | None = None) ->
     bar.set_label(f"{heatmaps[0].unit}{same}\n{averages}", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     if heatmaps[0].unit.startswith("share"):
-        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}" if high - low < 0.05 else f"{value:.0%}")
+        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     bar.outline.set_visible(False)
     strongest = sorted(heatmaps, key=lambda h: float(h.map.max()), reverse=True)[:3]
     figure.labkit_alt = (

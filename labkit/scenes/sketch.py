@@ -4,6 +4,7 @@ Lines are drawn where the surface number jumps (Saito & Takahashi 1990, "Compreh
 shapes"); tone is laid on in layers of hatching, each for what is darker than its threshold (Praun et al. 2001).
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -82,8 +83,13 @@ def draw(world: World, hits, size: int) -> Tensor:
         image.index_copy_(1, at, torch.lerp(paper, pigment, cover.clamp(0, 1)))
         darkness = (0.80 - 0.85 * lit) * (0.6 if obj.colour == "white" else 1.0)
         if obj.material == "metal":  # bright streaks left white, and bands of light and dark
-            shine.index_copy_(0, at, _streaks(world, direction.index_select(1, at), normal))
-            darkness = darkness + 0.40 * (0.5 - (3.0 * normal[0] + 2.2 * normal[2] + 0.8 * spot[2]).sin().abs())
+            if obj.shape == "cube":
+                bright = _gleam(obj, spot, normal)
+                darkness = darkness + 0.28 * (1 - bright)
+            else:
+                bright = _streaks(world, direction.index_select(1, at), normal)
+                darkness = darkness + 0.40 * (0.5 - (3.0 * normal[0] + 2.2 * normal[2] + 0.8 * spot[2]).sin().abs())
+            shine.index_copy_(0, at, bright)
         tone.index_copy_(0, at, darkness)
     image = torch.lerp(image, paper.clamp_min(0.93), 0.92 * shine)
 
@@ -125,6 +131,17 @@ def _streaks(world: World, direction: Tensor, normal: Tensor) -> Tensor:
     mirror = ray - 2 * (ray * normal).sum(0) * normal
     facing = mirror[0] * world.light[0] + mirror[1] * world.light[1] + mirror[2] * world.light[2]
     return ((facing - 0.86) / 0.05).clamp(0, 1)
+
+
+def _gleam(obj, spot: tuple, normal: Tensor) -> Tensor:
+    """Where (N,) a metal cube gleams: two slanting strokes across each face. A flat face mirrors one spot only, mostly a dark one, and would look like rubber."""
+    cos, sin = math.cos(obj.angle), math.sin(obj.angle)
+    x, y = spot[0] - obj.x, spot[1] - obj.y
+    along = torch.stack([x * cos + y * sin, y * cos - x * sin, spot[2] - obj.radius]) / obj.radius  # (3, N), -1..1 in the cube's own axes
+    facing = torch.stack([normal[0] * cos + normal[1] * sin, normal[1] * cos - normal[0] * sin, normal[2]]).abs()
+    across = (along * (1 - facing)).sum(0)  # from corner to corner of the face, -2..2
+    broad, narrow = 0.28 - (across - 0.30).abs(), 0.13 - (across + 0.40).abs()
+    return (torch.maximum(broad, narrow) / 0.10).clamp(0, 1)
 
 
 def _hatching(sheet: Sheet, tone: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def audit(generated: np.ndarray, same: np.ndarray, unseen: np.ndarray, trained: 
     told = dict(zip(SETS, (near, unlike, pairs)))
     found = {name: {"n": len(d), "least": float(d.min()), "1 %": float(d.quantile(0.01)), "median": float(d.median())} for name, d in told.items()}
     return {"training pictures": trained[1], "nearer than any two renders of one specification": int((near < pairs.min()).sum()),
-            "nearer than any unseen render": int((near < unlike.min()).sum()),
+            "unseen renders nearer than those": int((unlike < pairs.min()).sum()), "nearer than any unseen render": int((near < unlike.min()).sum()),
             **{name: {key: round(value, 4) for key, value in row.items()} for name, row in found.items()}}
 
 
@@ -72,5 +72,5 @@ def sentence(found: dict) -> str:
     """The audit in a line."""
     told = "; ".join(f"{name} {found[name]['least']:.3f} at least, median {found[name]['median']:.3f}" for name in SETS)
     return (f"of {found[SETS[0]]['n']} pictures {found['nearer than any two renders of one specification']} are nearer to one of "
-            f"{found['training pictures']:,} training pictures than any two renders of one specification are to each other, "
-            f"{found['nearer than any unseen render']} nearer than any unseen render is ({told})")
+            f"{found['training pictures']:,} training pictures than any two renders of one specification are to each other "
+            f"(of {found[SETS[1]]['n']} unseen renders {found['unseen renders nearer than those']}), {found['nearer than any unseen render']} nearer than any unseen render is ({told})")

@@ -28,7 +28,7 @@ BLOCK = re.compile(r"(<!-- figures: ([\w ]+) -->\n\n).*?(\n\n<!-- end -->)", re.
 
 EVALUATE, MEASURE = ("-m", "labkit", "evaluate"), ("-m", "labkit", "measure")
 SWEEP = (*EVALUATE, "--quick", "--guidance", "1,2,3,4,6,8", "--out", "{out}/sweep")
-ALL = (*EVALUATE, "--seeds", "2", "--steps", "30", "--audit", "30000", "--out", "{out}/evaluation")
+ALL = (*EVALUATE, "--steps", "30", "--audit", "30000", "--out", "{out}/evaluation")
 ROUNDS = (  # what runs side by side, a thread each; two evaluations share their pictures
     (SWEEP, SWEEP),
     (ALL, ALL),
