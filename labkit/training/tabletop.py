@@ -106,7 +106,7 @@ PRESETS = {
         course=TWO_AND_MORE,
         start="tabletop",
     ),
-    # some ten minutes of one core, for laptops (figures in data/README.md): a U-Net of half the width, attention from 8x8 latents down, learns single objects
+    # a quarter of an hour of two cores, for laptops (figures in data/README.md): a U-Net of half the width, attention from 8x8 latents down, learns single objects
     # from nothing, as Stable Diffusion's did: between an autoencoder and a text encoder that were there
     "tabletop-mini": Preset(
         world=World(counts=(1,)),
