@@ -58,6 +58,11 @@ def tinted():
     return ListedColormap((1 - TINT) * 0.5 + TINT * colormaps[MAP](linspace(0, 1, 256))[:, :3])
 
 
+def percent(share: float, _=None) -> str:
+    """A share as a mark of an axis says it: in per cent, and where the mark is (2.5%, not 2%)."""
+    return f"{100 * share:.3g}%"
+
+
 def plain(text: str) -> str:
     """Text as it is typed, where matplotlib would read mathematics between dollar signs."""
     return text.replace("$", r"\$")

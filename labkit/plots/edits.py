@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from labkit.errors import LabkitError
-from labkit.plots.canvas import LABEL, SMALL, TITLE, grid, over_grey, picture, plain, tinted
+from labkit.plots.canvas import LABEL, SMALL, TITLE, grid, over_grey, percent, picture, plain, tinted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def edit_panels(edit: "Edit", target: int = 0, seed: int = 0, words: Sequence[st
         image = before if side == "source" else after
         picture(ax, over_grey(image, shares(m.resized(image.height, image.width).numpy())), f"“{plain(m.word)}” in the {side}")
     there = axes[1][1 : 1 + len(maps)]
-    colour_bar(figure, ScalarMappable(shares, tinted()), there, "share of attention\n(one scale for all words)", percent=True)
+    colour_bar(figure, ScalarMappable(shares, tinted()), there, "share of attention\n(one scale for all words)", shares=True)
     for ax in [*axes[0][2 if edit.masks is None else 3 :], *axes[1][1 + len(maps) :]]:
         ax.set_visible(False)
     figure.labkit_alt = (
@@ -116,7 +116,7 @@ def edit_frontier(points: Sequence[dict], title: str = "What the schedules of an
     ax.set_title(title, fontsize=TITLE)
     ax.set_xlabel("PSNR outside of the changed region, against the source (dB): more of the source stays →", fontsize=LABEL)
     ax.set_ylabel("verified edits: more of the edit is there ↑", fontsize=LABEL)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.yaxis.set_major_formatter(percent)
     ax.tick_params(labelsize=SMALL)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -131,12 +131,12 @@ def edit_frontier(points: Sequence[dict], title: str = "What the schedules of an
     return figure
 
 
-def colour_bar(figure: "Figure", mappable, axes: list, label: str, percent: bool = False) -> None:
-    """A colour bar under panels, labelled; with `percent` its numbers are shares."""
+def colour_bar(figure: "Figure", mappable, axes: list, label: str, shares: bool = False) -> None:
+    """A colour bar under panels, labelled; with `shares` its numbers are shares."""
     bar = figure.colorbar(mappable, ax=axes, location="bottom", aspect=20 * len(axes), fraction=0.06, pad=0.03)
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     bar.ax.locator_params(nbins=4)
-    if percent:
-        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    if shares:
+        bar.ax.xaxis.set_major_formatter(percent)
     bar.outline.set_visible(False)

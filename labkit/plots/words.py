@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 
 from labkit.errors import LabkitError
-from labkit.plots.canvas import SMALL, TITLE, grid, over_grey, picture, plain, tinted
+from labkit.plots.canvas import SMALL, TITLE, grid, over_grey, percent, picture, plain, tinted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def word_heatmaps(image: Image, heatmaps: Sequence, title: str | None = None) ->
     bar.set_label(f"{heatmaps[0].unit}{same}\n{averages}", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     if heatmaps[0].unit.startswith("share"):
-        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+        bar.ax.xaxis.set_major_formatter(percent)
     bar.outline.set_visible(False)
     strongest = sorted(heatmaps, key=lambda h: float(h.map.max()), reverse=True)[:3]
     figure.labkit_alt = (

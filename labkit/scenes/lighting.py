@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from labkit.scenes.solids import own_axes
+
 
 @dataclass(frozen=True)
 class Mood:
@@ -96,9 +98,9 @@ def _cone_distance(along, across, length, base):
 
 def _cube_distance(obj, u, v, ex, ey, length):
     """Signed distance to the hull of a turned square and its copy shifted by `length` (e): a hexagon of three strips."""
-    cos, sin, a = math.cos(obj.angle), math.sin(obj.angle), obj.radius
-    p, q = u * cos + v * sin, v * cos - u * sin
-    sp, sq = ex * cos + ey * sin, ey * cos - ex * sin
+    a = obj.radius
+    p, q = own_axes(obj, u, v)
+    sp, sq = own_axes(obj, ex, ey)
     strips = [(p * sq - q * sp).abs() - a * (abs(sp) + abs(sq))]
     for position, shift in ((p, sp), (q, sq)):
         position = position if shift >= 0 else -position
@@ -121,8 +123,7 @@ def contact(obj, x: Tensor, y: Tensor) -> Tensor:
         squared = u * u + v * v + obj.radius**2
         return 0.9 * obj.radius**3 / (squared * squared.sqrt())
     if obj.shape == "cube":
-        cos, sin = math.cos(obj.angle), math.sin(obj.angle)
-        p, q = (u * cos + v * sin).abs() - obj.radius, (v * cos - u * sin).abs() - obj.radius
+        p, q = (side.abs() - obj.radius for side in own_axes(obj, u, v))
         gap = (p.clamp_min(0) ** 2 + q.clamp_min(0) ** 2).sqrt()
     else:
         gap = ((u * u + v * v).sqrt() - obj.radius).clamp_min(0)

@@ -4,7 +4,6 @@ Lines are drawn where the surface number jumps (Saito & Takahashi 1990, "Compreh
 shapes"); tone is laid on in layers of hatching, each for what is darker than its threshold (Praun et al. 2001).
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from labkit.scenes import lighting, surfaces
 from labkit.scenes.camera import HALF_VIEW
 from labkit.scenes.scene import COLOURS
+from labkit.scenes.solids import own_axes
 from labkit.scenes.surfaces import World
 
 PAPER = {"day": (0.965, 0.955, 0.925), "sunset": (0.985, 0.905, 0.800), "night": (0.700, 0.735, 0.815)}
@@ -135,10 +135,8 @@ def _streaks(world: World, direction: Tensor, normal: Tensor) -> Tensor:
 
 def _gleam(obj, spot: tuple, normal: Tensor) -> Tensor:
     """Where (N,) a metal cube gleams: two slanting strokes across each face. A flat face mirrors one spot only, mostly a dark one, and would look like rubber."""
-    cos, sin = math.cos(obj.angle), math.sin(obj.angle)
-    x, y = spot[0] - obj.x, spot[1] - obj.y
-    along = torch.stack([x * cos + y * sin, y * cos - x * sin, spot[2] - obj.radius]) / obj.radius  # (3, N), -1..1 in the cube's own axes
-    facing = torch.stack([normal[0] * cos + normal[1] * sin, normal[1] * cos - normal[0] * sin, normal[2]]).abs()
+    along = torch.stack([*own_axes(obj, spot[0] - obj.x, spot[1] - obj.y), spot[2] - obj.radius]) / obj.radius  # (3, N), -1..1 in the cube's own axes
+    facing = torch.stack([*own_axes(obj, normal[0], normal[1]), normal[2]]).abs()
     across = (along * (1 - facing)).sum(0)  # from corner to corner of the face, -2..2
     broad, narrow = 0.28 - (across - 0.30).abs(), 0.13 - (across + 0.40).abs()
     return (torch.maximum(broad, narrow) / 0.10).clamp(0, 1)

@@ -16,17 +16,23 @@ Vector = tuple  # of three tensors (N,) or floats
 FAR = 1e6  # the depth of a miss
 
 
+def own_axes(obj, x, y) -> tuple:
+    """A vector (x, y) of the table's plane, tensors or floats, in the axes of an object that is turned by its angle."""
+    cos, sin = math.cos(obj.angle), math.sin(obj.angle)
+    return x * cos + y * sin, y * cos - x * sin
+
+
 def intersect(obj, origin: Vector, direction: Vector) -> tuple[Tensor, Tensor, Tensor]:
     """First hit of N rays with `obj`: parameter t (N,) with FAR for a miss, outward normal (3, N), part (N,) int.
 
     `part` numbers the smooth pieces of the surface (cube faces, cap and side), between which there is a crease.
     """
-    cos, sin = math.cos(obj.angle), math.sin(obj.angle)
     x, y = origin[0] - obj.x, origin[1] - obj.y
     dx, dy, dz = direction
     if obj.shape == "cube":
-        x, y = x * cos + y * sin, y * cos - x * sin
-        dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
+        x, y = own_axes(obj, x, y)
+        dx, dy = own_axes(obj, dx, dy)
+        cos, sin = math.cos(obj.angle), math.sin(obj.angle)
         t, normal, part = _cube(x, y, origin[2] - obj.radius, dx, dy, dz, obj.radius)
         return t, torch.stack([normal[0] * cos - normal[1] * sin, normal[0] * sin + normal[1] * cos, normal[2]]), part
     if obj.shape == "sphere":
